@@ -1,0 +1,50 @@
+// Errors and checksums for Python.
+#include "bindings/errors.h"
+#include "bindings/register.h"
+#include "core/crc32c.h"
+#include "core/error.h"
+
+namespace py = pybind11;
+
+namespace rdmaload::bindings {
+namespace {
+
+// A contiguous view of any object with the buffer protocol; holds the export while it lives.
+class ByteView {
+ public:
+  explicit ByteView(const py::object& object) {
+    if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+  }
+  ~ByteView() { PyBuffer_Release(&view_); }
+  ByteView(const ByteView&) = delete;
+  ByteView& operator=(const ByteView&) = delete;
+  std::span<const std::byte> bytes() const {
+    return {static_cast<const std::byte*>(view_.buf), static_cast<size_t>(view_.len)};
+  }
+
+ private:
+  Py_buffer view_{};
+};
+
+uint32_t crc32c_of(const py::object& data, uint32_t value) {
+  const ByteView view(data);
+  py::gil_scoped_release release;
+  return crc32c(value, view.bytes());
+}
+
+}  // namespace
+
+void register_core(py::module_& module) {
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const Error& error) {
+      py::set_error(python_error_class(error.code()), error.what());
+    }
+  });
+  module.def("crc32c", &crc32c_of, py::arg("data"), py::arg("value") = 0);
+  module.def("crc32c_combine", &crc32c_combine, py::arg("a"), py::arg("b"), py::arg("length_b"));
+  module.def("crc32c_implementation", [] { return std::string(crc32c_implementation()); });
+}
+
+}  // namespace rdmaload::bindings

@@ -1,0 +1,189 @@
+// Tensor index, plan and execution for Python.
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <variant>
+
+#include "bindings/dlpack.h"
+#include "bindings/register.h"
+#include "loader/load.h"
+#include "loader/plan.h"
+#include "loader/tensor_index.h"
+
+namespace py = pybind11;
+
+namespace rdmaload::bindings {
+namespace {
+
+using Destination = std::variant<std::shared_ptr<HostArena>, std::shared_ptr<ImportedTensor>>;
+
+// Destroying a Load waits for its reads, and a reader written in Python needs the GIL to end.
+class LoadOperation {
+ public:
+  LoadOperation(std::shared_ptr<Transport> transport, std::shared_ptr<const StoreLayout> layout,
+                std::shared_ptr<const LoadPlan> plan, const std::vector<Destination>& destinations,
+                const LoadOptions& options) {
+    std::vector<Region> regions;
+    regions.reserve(destinations.size());
+    for (const Destination& destination : destinations) {
+      if (const auto* arena = std::get_if<std::shared_ptr<HostArena>>(&destination)) {
+        regions.push_back({(*arena)->span(), *arena});
+      } else {
+        const auto& tensor = std::get<std::shared_ptr<ImportedTensor>>(destination);
+        regions.push_back({tensor->memory(), tensor});
+      }
+    }
+    load_ = std::make_unique<Load>(std::move(transport), std::move(layout), std::move(plan), std::move(regions),
+                                   options);
+  }
+  ~LoadOperation() {
+    py::gil_scoped_release release;
+    load_.reset();
+  }
+  LoadOperation(const LoadOperation&) = delete;
+  LoadOperation& operator=(const LoadOperation&) = delete;
+  Load& load() { return *load_; }
+
+ private:
+  std::unique_ptr<Load> load_;
+};
+
+std::vector<uint32_t> crcs_from_bytes(const py::buffer& buffer) {
+  const py::buffer_info info = buffer.request();
+  const auto bytes = static_cast<size_t>(info.size * info.itemsize);
+  if (bytes % 4 != 0) throw Error(ErrorCode::kFormat, "checksums take four bytes each");
+  std::vector<uint32_t> crcs(bytes / 4);
+  const auto* raw = static_cast<const unsigned char*>(info.ptr);
+  for (size_t i = 0; i < crcs.size(); ++i) {
+    crcs[i] = raw[4 * i] | raw[4 * i + 1] << 8 | raw[4 * i + 2] << 16 | uint32_t{raw[4 * i + 3]} << 24;
+  }
+  return crcs;
+}
+
+std::shared_ptr<StoreLayout> make_layout(const std::vector<std::tuple<std::string, uint64_t, uint64_t>>& files,
+                                         uint64_t chunk_bytes, bool object_per_chunk, const py::buffer& crcs) {
+  auto layout = std::make_shared<StoreLayout>();
+  layout->files.reserve(files.size());
+  for (const auto& [object, bytes, first_chunk] : files) layout->files.push_back({object, bytes, first_chunk});
+  layout->chunk_bytes = chunk_bytes;
+  layout->object_per_chunk = object_per_chunk;
+  layout->crcs = crcs_from_bytes(crcs);
+  layout->validate();
+  return layout;
+}
+
+py::tuple describe(const IndexedTensor& tensor) {
+  const TensorInfo& info = tensor.info;
+  py::tuple shape(info.shape.size());
+  for (size_t i = 0; i < info.shape.size(); ++i) shape[i] = info.shape[i];
+  return py::make_tuple(info.name, dtype_name(info.dtype), std::move(shape), tensor.file, info.end - info.begin);
+}
+
+}  // namespace
+
+void register_loader(py::module_& module) {
+  py::class_<TensorIndex, std::shared_ptr<TensorIndex>>(module, "TensorIndex")
+      .def(py::init<>())
+      .def(
+          "add_file",
+          [](TensorIndex& self, uint32_t file, const std::string& path, uint64_t file_bytes, const py::buffer& header) {
+            const py::buffer_info info = header.request();
+            const std::string_view text(static_cast<const char*>(info.ptr),
+                                        static_cast<size_t>(info.size * info.itemsize));
+            py::gil_scoped_release release;
+            self.add_file(file, path, file_bytes, text);
+          },
+          py::arg("file"), py::arg("path"), py::arg("file_bytes"), py::arg("header"))
+      .def("add_blocks", &TensorIndex::add_blocks, py::arg("file"), py::arg("file_bytes"), py::arg("block_bytes"))
+      .def("__len__", [](const TensorIndex& self) { return self.tensors().size(); })
+      .def("tensors", [](const TensorIndex& self) {
+        py::list list(self.tensors().size());
+        for (size_t i = 0; i < self.tensors().size(); ++i) list[i] = describe(self.tensors()[i]);
+        return list;
+      });
+
+  py::class_<StoreLayout, std::shared_ptr<StoreLayout>>(module, "StoreLayout")
+      .def(py::init(&make_layout), py::arg("files"), py::arg("chunk_bytes"), py::arg("object_per_chunk"),
+           py::arg("crcs"));
+
+  py::class_<PlanLimits>(module, "PlanLimits")
+      .def(py::init([](bool whole_chunks, uint64_t read_bytes, uint64_t coalesce_gap, uint64_t max_arena_bytes,
+                       uint64_t alignment) {
+             return PlanLimits{whole_chunks, read_bytes, coalesce_gap, max_arena_bytes, alignment};
+           }),
+           py::kw_only(), py::arg("whole_chunks") = PlanLimits().whole_chunks,
+           py::arg("read_bytes") = PlanLimits().read_bytes, py::arg("coalesce_gap") = PlanLimits().coalesce_gap,
+           py::arg("max_arena_bytes") = PlanLimits().max_arena_bytes, py::arg("alignment") = PlanLimits().alignment);
+
+  py::class_<LoadPlan, std::shared_ptr<LoadPlan>>(module, "LoadPlan")
+      .def_property_readonly("region_bytes", [](const LoadPlan& self) { return self.region_bytes; })
+      .def_readonly("wanted_bytes", &LoadPlan::wanted_bytes)
+      .def_readonly("read_bytes", &LoadPlan::read_bytes)
+      .def_property_readonly("reads", [](const LoadPlan& self) { return self.reads.size(); })
+      .def_property_readonly("segments", [](const LoadPlan& self) { return self.segments.size(); })
+      .def("placements", [](const LoadPlan& self) {
+        py::list list(self.placements.size());
+        for (size_t i = 0; i < self.placements.size(); ++i) {
+          const Placement& placed = self.placements[i];
+          list[i] = py::make_tuple(placed.tensor, placed.region, placed.offset);
+        }
+        return list;
+      });
+
+  module.def(
+      "plan_into_arenas",
+      [](const TensorIndex& index, const StoreLayout& layout, std::vector<uint32_t> selection,
+         const PlanLimits& limits) {
+        py::gil_scoped_release release;
+        return std::make_shared<LoadPlan>(plan_into_arenas(index, layout, std::move(selection), limits));
+      },
+      py::arg("index"), py::arg("layout"), py::arg("selection"), py::arg("limits"));
+  module.def(
+      "plan_into_tensors",
+      [](const TensorIndex& index, const StoreLayout& layout, const std::vector<uint32_t>& selection,
+         const PlanLimits& limits) {
+        py::gil_scoped_release release;
+        return std::make_shared<LoadPlan>(plan_into_tensors(index, layout, selection, limits));
+      },
+      py::arg("index"), py::arg("layout"), py::arg("selection"), py::arg("limits"));
+
+  using Seconds = std::chrono::duration<double>;
+  py::class_<LoadOperation>(module, "LoadOperation")
+      .def(py::init([](std::shared_ptr<Transport> transport, std::shared_ptr<StoreLayout> layout,
+                       std::shared_ptr<LoadPlan> plan, const std::vector<Destination>& destinations, bool verify,
+                       int max_integrity_attempts, double retry_timeout, std::optional<double> timeout) {
+             LoadOptions options;
+             options.verify = verify;
+             options.max_integrity_attempts = max_integrity_attempts;
+             options.retry_timeout = Seconds(retry_timeout);
+             if (timeout) options.timeout = Seconds(*timeout);
+             return std::make_unique<LoadOperation>(std::move(transport), std::move(layout), std::move(plan),
+                                                    destinations, options);
+           }),
+           py::arg("transport"), py::arg("layout"), py::arg("plan"), py::arg("destinations"), py::kw_only(),
+           py::arg("verify") = true, py::arg("max_integrity_attempts") = 3, py::arg("retry_timeout") = 60.0,
+           py::arg("timeout") = py::none())
+      .def("start", [](LoadOperation& self) { self.load().start(); }, py::call_guard<py::gil_scoped_release>())
+      .def("throw_if_failed", [](LoadOperation& self) { self.load().throw_if_failed(); })
+      .def_property_readonly("failed_object", [](LoadOperation& self) { return self.load().failed_object(); })
+      .def("unfinished_regions", [](LoadOperation& self) { return self.load().unfinished_regions(); })
+      .def(
+          "wait_for",
+          [](LoadOperation& self, double seconds) { return self.load().wait(Deadline::after(Seconds(seconds))); },
+          py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
+      .def("cancel", [](LoadOperation& self) { self.load().cancel(); }, py::call_guard<py::gil_scoped_release>())
+      .def("counters", [](LoadOperation& self) {
+        const LoadCounters counters = self.load().counters();
+        py::dict result;
+        result["done_bytes"] = counters.done_bytes;
+        result["verified_bytes"] = counters.verified_bytes;
+        result["unverified_bytes"] = counters.unverified_bytes;
+        result["copied_bytes"] = counters.copied_bytes;
+        result["retries"] = counters.retries;
+        result["checksum_seconds"] = Seconds(counters.checksum_time).count();
+        result["seconds"] = Seconds(counters.elapsed).count();
+        return result;
+      });
+}
+
+}  // namespace rdmaload::bindings

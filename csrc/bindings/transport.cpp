@@ -1,0 +1,85 @@
+// Transports for Python: made here, used only by the loader.
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "bindings/python_transport.h"
+#include "bindings/register.h"
+#include "transport/file_transport.h"
+#include "transport/memory_transport.h"
+#include "transport/resp/resp_transport.h"
+
+namespace py = pybind11;
+
+namespace rdmaload::bindings {
+namespace {
+
+// Destroying a transport joins its threads, which may wait for the GIL.
+template <typename T>
+std::shared_ptr<T> released_on_delete(T* transport) {
+  return std::shared_ptr<T>(transport, [](T* doomed) {
+    if (PyGILState_Check() == 0) {
+      delete doomed;
+      return;
+    }
+    py::gil_scoped_release release;
+    delete doomed;
+  });
+}
+
+std::shared_ptr<resp::RespTransport> make_resp(std::string host, int port, std::optional<std::string> username,
+                                               std::optional<std::string> password, int db, int protocol,
+                                               int connections,
+                                               uint64_t bytes_in_flight, double connect_timeout,
+                                               double inactivity_timeout, std::string name) {
+  using Seconds = std::chrono::duration<double>;
+  resp::Endpoint endpoint;
+  endpoint.host = std::move(host);
+  endpoint.port = port;
+  endpoint.username = std::move(username).value_or("");
+  endpoint.password = std::move(password).value_or("");
+  endpoint.database = db;
+  endpoint.protocol = protocol;
+  endpoint.connect_timeout = Seconds(connect_timeout);
+  endpoint.inactivity_timeout = Seconds(inactivity_timeout);
+  endpoint.name = std::move(name);
+  return released_on_delete(new resp::RespTransport({std::move(endpoint), connections, bytes_in_flight}));
+}
+
+}  // namespace
+
+void register_transport(py::module_& module) {
+  py::class_<Transport, std::shared_ptr<Transport>>(module, "Transport")
+      .def_property_readonly("path", [](const Transport& self) { return std::string(self.path()); })
+      .def_property_readonly("connections", &Transport::connections);
+
+  py::class_<FileTransport, Transport, std::shared_ptr<FileTransport>>(module, "FileTransport")
+      .def(py::init([](std::string root, int threads) {
+             return released_on_delete(new FileTransport(std::move(root), threads));
+           }),
+           py::arg("root"), py::arg("threads"));
+
+  py::class_<resp::RespTransport, Transport, std::shared_ptr<resp::RespTransport>>(module, "RespTransport")
+      .def(py::init(&make_resp), py::kw_only(), py::arg("host"), py::arg("port"), py::arg("username") = py::none(),
+           py::arg("password") = py::none(), py::arg("db") = 0, py::arg("protocol") = 2, py::arg("connections") = 2,
+           py::arg("bytes_in_flight") = 16 << 20, py::arg("connect_timeout") = 10.0,
+           py::arg("inactivity_timeout") = 30.0, py::arg("name") = "redis");
+
+  py::class_<PythonTransport, Transport, std::shared_ptr<PythonTransport>>(module, "PythonTransport")
+      .def(py::init([](py::function reader, int threads) {
+             return std::shared_ptr<PythonTransport>(new PythonTransport(std::move(reader), threads),
+                                                     [](PythonTransport* doomed) {
+                                                       py::gil_scoped_acquire acquire;
+                                                       delete doomed;
+                                                     });
+           }),
+           py::arg("reader"), py::arg("threads"));
+
+  py::class_<LentBuffer>(module, "LentBuffer", py::buffer_protocol()).def_buffer([](LentBuffer& self) {
+    const auto memory = self.memory();
+    return py::buffer_info(memory.data(), sizeof(uint8_t), py::format_descriptor<uint8_t>::format(),
+                           static_cast<py::ssize_t>(memory.size()));
+  });
+}
+
+}  // namespace rdmaload::bindings

@@ -1,0 +1,32 @@
+// The tensor index: the parsed safetensors headers of a model's weight files.
+//
+// Built once per opened model, then read-only: any thread may read it.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "loader/safetensors.h"
+
+namespace rdmaload {
+
+struct IndexedTensor {
+  TensorInfo info;
+  uint32_t file;  // position among the files of the store layout
+};
+
+class TensorIndex {
+ public:
+  // `file` is the file's position in the StoreLayout; `header` the JSON without its length. Throws kFormat,
+  // naming `path`.
+  void add_file(uint32_t file, const std::string& path, uint64_t file_bytes, std::string_view header);
+  // A file whose content does not matter: its bytes as unnamed U8 tensors of at most `block_bytes`.
+  void add_blocks(uint32_t file, uint64_t file_bytes, uint64_t block_bytes);
+  const std::vector<IndexedTensor>& tensors() const noexcept { return tensors_; }
+
+ private:
+  std::vector<IndexedTensor> tensors_;
+};
+
+}  // namespace rdmaload

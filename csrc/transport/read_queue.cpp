@@ -1,0 +1,93 @@
+#include "transport/read_queue.h"
+
+#include <algorithm>
+#include <functional>
+
+namespace rdmaload {
+
+bool ReadQueue::push(Read& read, Clock::time_point not_before) {
+  {
+    std::lock_guard lock(mutex_);
+    if (stopped_) return false;
+    if (not_before <= Clock::now()) {
+      ready_.push_back(&read);
+    } else {
+      delayed_.push_back({not_before, &read});
+      std::push_heap(delayed_.begin(), delayed_.end(), std::greater<>());
+    }
+  }
+  changed_.notify_one();
+  return true;
+}
+
+Read* ReadQueue::pop_ready_locked() {
+  if (!delayed_.empty() && delayed_.front().when <= Clock::now()) {
+    std::pop_heap(delayed_.begin(), delayed_.end(), std::greater<>());
+    Read* read = delayed_.back().read;
+    delayed_.pop_back();
+    return read;
+  }
+  if (ready_.empty()) return nullptr;
+  Read* read = ready_.front();
+  ready_.pop_front();
+  return read;
+}
+
+Read* ReadQueue::try_pop() {
+  std::lock_guard lock(mutex_);
+  return stopped_ ? nullptr : pop_ready_locked();
+}
+
+Read* ReadQueue::pop(Deadline deadline) {
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    if (stopped_) return nullptr;
+    if (Read* read = pop_ready_locked()) return read;
+    if (deadline.passed()) return nullptr;
+    auto until = deadline.when();
+    if (!delayed_.empty()) until = std::min(until, delayed_.front().when);
+    if (until == Clock::time_point::max()) {
+      changed_.wait(lock);
+    } else {
+      changed_.wait_until(lock, until);
+    }
+  }
+}
+
+std::vector<Read*> ReadQueue::remove(const ReadOwner& owner) {
+  std::vector<Read*> removed;
+  std::lock_guard lock(mutex_);
+  std::erase_if(ready_, [&](Read* read) {
+    if (read->owner != &owner) return false;
+    removed.push_back(read);
+    return true;
+  });
+  std::erase_if(delayed_, [&](const Delayed& delayed) {
+    if (delayed.read->owner != &owner) return false;
+    removed.push_back(delayed.read);
+    return true;
+  });
+  std::make_heap(delayed_.begin(), delayed_.end(), std::greater<>());
+  return removed;
+}
+
+std::vector<Read*> ReadQueue::stop() {
+  std::vector<Read*> left;
+  {
+    std::lock_guard lock(mutex_);
+    stopped_ = true;
+    left.assign(ready_.begin(), ready_.end());
+    for (const Delayed& delayed : delayed_) left.push_back(delayed.read);
+    ready_.clear();
+    delayed_.clear();
+  }
+  changed_.notify_all();
+  return left;
+}
+
+bool ReadQueue::stopped() const {
+  std::lock_guard lock(mutex_);
+  return stopped_;
+}
+
+}  // namespace rdmaload

@@ -1,0 +1,45 @@
+// Reads that wait for a worker thread: first come, first served, and some not before a given time.
+//
+// Any thread may call. Does not own the reads.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <mutex>
+#include <vector>
+
+#include "core/deadline.h"
+#include "transport/transport.h"
+
+namespace rdmaload {
+
+class ReadQueue {
+ public:
+  // False once stopped: the caller still has the read to complete.
+  bool push(Read& read, Clock::time_point not_before);
+  // The next read that may start now, or nullptr.
+  Read* try_pop();
+  // Waits until a read may start (returned), the deadline passes or stop() was called (nullptr).
+  Read* pop(Deadline deadline);
+  // Takes out every waiting read of this owner.
+  std::vector<Read*> remove(const ReadOwner& owner);
+  // Wakes all waiters; takes out what is left.
+  std::vector<Read*> stop();
+  bool stopped() const;
+
+ private:
+  struct Delayed {
+    Clock::time_point when;
+    Read* read;
+    bool operator>(const Delayed& other) const { return when > other.when; }
+  };
+  Read* pop_ready_locked();
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<Read*> ready_;       // Guarded by mutex_.
+  std::vector<Delayed> delayed_;  // Guarded by mutex_. A heap, earliest first.
+  bool stopped_ = false;          // Guarded by mutex_.
+};
+
+}  // namespace rdmaload

@@ -1,0 +1,256 @@
+#include "transport/resp/connection.h"
+
+#include <algorithm>
+
+namespace rdmaload::resp {
+namespace {
+
+// One recv: small enough that the checksum right after it reads from the second-level cache.
+constexpr size_t kPieceBytes = 256 << 10;
+constexpr size_t kScratchBytes = 256 << 10;
+constexpr size_t kVectors = 256;  // per recvmsg; more segments take more calls
+constexpr std::string_view kCrlf = "\r\n";
+
+// "$1044480\r\n": the length of the header line that a value of this size must have.
+size_t bulk_header_bytes(uint64_t length) { return 1 + std::to_string(length).size() + 2; }
+
+}  // namespace
+
+Connection::Connection(const Endpoint& endpoint)
+    : endpoint_(endpoint),
+      socket_(Socket::connect(endpoint.host, endpoint.port, Deadline::after(endpoint.connect_timeout))),
+      last_activity_(Clock::now()),
+      scratch_(kScratchBytes) {
+  handshake();
+}
+
+void Connection::handshake() {
+  const Deadline deadline = Deadline::after(endpoint_.connect_timeout);
+  const auto expect_ok = [this](const Reply& reply, const char* what) {
+    if (reply.type != Type::kError) return;
+    const Status status = status_of_error(reply.text, endpoint_.name + ": " + what);
+    throw Error(status.code(), status.message());
+  };
+  const std::string& user = endpoint_.username;
+  const std::string& password = endpoint_.password;
+  if (endpoint_.protocol == 3) {
+    const std::string_view name = user.empty() ? "default" : std::string_view(user);
+    expect_ok(password.empty() ? command({"HELLO", "3"}, deadline)
+                               : command({"HELLO", "3", "AUTH", name, password}, deadline),
+              "HELLO 3");
+  } else if (!password.empty()) {
+    expect_ok(user.empty() ? command({"AUTH", password}, deadline) : command({"AUTH", user, password}, deadline),
+              "AUTH");
+  }
+  if (endpoint_.database != 0) {
+    expect_ok(command({"SELECT", std::to_string(endpoint_.database)}, deadline), "SELECT");
+  }
+}
+
+Reply Connection::command(std::initializer_list<std::string_view> arguments, Deadline deadline) {
+  append_command(out_, arguments);
+  for (;;) {
+    bool moved = send_some();
+    size_t consumed = 0;
+    if (auto reply = parse_reply(in_, consumed)) {
+      in_.erase(0, consumed);
+      return std::move(*reply);
+    }
+    std::array<std::byte, 4096> piece;
+    if (const size_t got = socket_.try_receive(piece); got > 0) {
+      in_.append(reinterpret_cast<const char*>(piece.data()), got);
+      moved = true;
+    }
+    if (moved) continue;
+    if (deadline.passed()) {
+      throw Error(ErrorCode::kTimeout, endpoint_.name + ": the server accepted the connection but did not answer " +
+                                           std::string(*arguments.begin()) + " in time");
+    }
+    socket_.wait(true, out_sent_ < out_.size(), deadline.poll_milliseconds(1000));
+  }
+}
+
+void Connection::enqueue(Read& read) {
+  if (read.offset == 0 && read.length == read.object_bytes) {
+    append_command(out_, {"GET", read.object});
+  } else {
+    // An empty range never reaches a transport, so the inclusive end is well defined.
+    append_command(out_, {"GETRANGE", read.object, std::to_string(read.offset),
+                          std::to_string(read.offset + read.length - 1)});
+  }
+  if (in_flight_.empty()) last_activity_ = Clock::now();
+  in_flight_.push_back(&read);
+  in_flight_bytes_ += read.length;
+}
+
+void Connection::turn(int milliseconds) {
+  bool moved = send_some();
+  if (receive_some()) {
+    last_activity_ = Clock::now();
+    moved = true;
+  }
+  if (moved || in_flight_.empty()) return;
+  const Deadline silent = Deadline::at(
+      last_activity_ + std::chrono::duration_cast<Clock::duration>(endpoint_.inactivity_timeout));
+  if (silent.passed()) {
+    throw Error(ErrorCode::kTimeout, context(*in_flight_.front()) + ": no byte came for " +
+                                         std::to_string(endpoint_.inactivity_timeout.count()) +
+                                         " s (inactivity_timeout)");
+  }
+  socket_.wait(true, out_sent_ < out_.size(), silent.poll_milliseconds(milliseconds));
+}
+
+bool Connection::has_cancelled_reads() const noexcept {
+  return std::any_of(in_flight_.begin(), in_flight_.end(),
+                     [](const Read* read) { return read->owner->cancelled(); });
+}
+
+void Connection::fail_all(const Status& first) noexcept {
+  std::deque<Read*> reads;
+  reads.swap(in_flight_);
+  in_flight_bytes_ = 0;
+  bool head = true;
+  for (Read* read : reads) {
+    if (read->owner->cancelled()) {
+      read->owner->complete(*read, Status(ErrorCode::kCancelled, "the read was cancelled"));
+    } else if (head) {
+      read->owner->complete(*read, first);
+    } else {
+      read->owner->complete(
+          *read, Status(ErrorCode::kUnavailable, context(*read) + ": the connection was lost (" + first.message() + ")"));
+    }
+    head = false;
+  }
+}
+
+bool Connection::send_some() {
+  bool moved = false;
+  while (out_sent_ < out_.size()) {
+    const size_t sent = socket_.try_send(std::as_bytes(std::span(out_).subspan(out_sent_)));
+    if (sent == 0) break;
+    out_sent_ += sent;
+    moved = true;
+  }
+  if (out_sent_ == out_.size()) {
+    out_.clear();
+    out_sent_ = 0;
+  }
+  return moved;
+}
+
+bool Connection::receive_some() {
+  switch (state_) {
+    case State::kHeader:
+      return !in_flight_.empty() && receive_header();
+    case State::kPayload:
+      return receive_payload();
+    case State::kTrailer:
+      return receive_trailer();
+  }
+  return false;
+}
+
+// How many bytes outside of payloads can be asked for without reading into the payload that follows them.
+size_t Connection::expected_bytes() const {
+  const size_t trailer = state_ == State::kTrailer ? kCrlf.size() : 0;
+  const size_t next = state_ == State::kTrailer ? 1 : 0;
+  const size_t header = next < in_flight_.size() ? bulk_header_bytes(in_flight_[next]->length) : 0;
+  const size_t wanted = trailer + header;
+  // Longer lines than expected (errors) come in small steps: rare, and they must not swallow a payload.
+  return wanted > in_.size() ? wanted - in_.size() : 1;
+}
+
+bool Connection::receive_header() {
+  bool moved = false;
+  for (;;) {
+    if (const auto header = parse_header(in_)) {
+      Read& read = *in_flight_.front();
+      const size_t consumed = header->consumed;
+      switch (header->type) {
+        case Type::kBulk:
+          if (header->length == 0 && read.length != read.object_bytes) {  // GETRANGE of an absent key
+            throw Error(ErrorCode::kNotFound, context(read) + ": there is no such key");
+          }
+          if (in_[0] != '$' || static_cast<uint64_t>(header->length) != read.length) {
+            throw Error(ErrorCode::kIntegrity, context(read) + ": the value has " +
+                                                   std::to_string(header->length) + " bytes, expected " +
+                                                   std::to_string(read.length));
+          }
+          in_.erase(0, consumed);
+          begin_payload();
+          return true;
+        case Type::kNull:
+          in_.erase(0, consumed);
+          finish(Status(ErrorCode::kNotFound, context(read) + ": there is no such key"));
+          return true;
+        case Type::kError: {
+          const Status status = status_of_error(header->text, context(read));
+          in_.erase(0, consumed);
+          finish(status);
+          return true;
+        }
+        default:
+          throw Error(ErrorCode::kFormat, context(read) + ": the server answered GET with a reply that is no value");
+      }
+    }
+    std::array<std::byte, 64> piece;
+    const size_t wanted = std::min(piece.size(), expected_bytes());
+    const size_t got = socket_.try_receive(std::span(piece).first(wanted));
+    if (got == 0) return moved;
+    in_.append(reinterpret_cast<const char*>(piece.data()), got);
+    moved = true;
+  }
+}
+
+void Connection::begin_payload() {
+  Read& read = *in_flight_.front();
+  cursor_ = SegmentCursor(read);
+  if (!in_.empty()) {  // only after a reply that was shorter than expected: an error, a nil
+    const size_t size = std::min<uint64_t>(in_.size(), cursor_.left());
+    cursor_.copy_from(std::as_bytes(std::span(in_).first(size)));
+    in_.erase(0, size);
+  }
+  state_ = cursor_.left() > 0 ? State::kPayload : State::kTrailer;
+}
+
+bool Connection::receive_payload() {
+  std::array<iovec, kVectors> vectors;
+  const size_t count = cursor_.next(vectors, kPieceBytes, scratch_.span());
+  const size_t got = socket_.try_receive(std::span(vectors).first(count));
+  if (got == 0) return false;
+  cursor_.advance({vectors.data(), count}, got);
+  if (cursor_.left() == 0) state_ = State::kTrailer;
+  return true;
+}
+
+bool Connection::receive_trailer() {
+  bool moved = false;
+  while (in_.size() < kCrlf.size()) {
+    std::array<std::byte, 64> piece;
+    const size_t wanted = std::min(piece.size(), expected_bytes());
+    const size_t got = socket_.try_receive(std::span(piece).first(wanted));
+    if (got == 0) return moved;
+    in_.append(reinterpret_cast<const char*>(piece.data()), got);
+    moved = true;
+  }
+  if (!std::string_view(in_).starts_with(kCrlf)) {
+    throw Error(ErrorCode::kFormat, context(*in_flight_.front()) + ": the value does not end with CRLF");
+  }
+  in_.erase(0, kCrlf.size());
+  finish(Status());
+  return true;
+}
+
+void Connection::finish(const Status& status) {
+  Read& read = *in_flight_.front();
+  in_flight_.pop_front();
+  in_flight_bytes_ -= read.length;
+  state_ = State::kHeader;
+  read.owner->complete(read, status);
+}
+
+std::string Connection::context(const Read& read) const {
+  return endpoint_.name + " key '" + read.object + "'";
+}
+
+}  // namespace rdmaload::resp

@@ -1,0 +1,125 @@
+"""rdmaload: loads a model's weights from a remote store into memory, natively.
+
+    state = rdmaload.load("redis://127.0.0.1:6379/llama")
+
+Importing it is cheap: torch, redis and the native core are imported by the call that needs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rdmaload.connectors import (
+        Connector,
+        FileConnector,
+        FileInfo,
+        KeyValueConnector,
+        register_connector,
+    )
+    from rdmaload.errors import (
+        AlreadyExistsError,
+        AuthenticationError,
+        DeviceError,
+        FormatError,
+        IntegrityError,
+        LayoutMismatchError,
+        LoadTimeoutError,
+        MemoryLimitError,
+        NotFoundError,
+        NotSupportedError,
+        PartialLoadError,
+        RdmaloadError,
+        StaleGenerationError,
+        UnavailableError,
+        UrlError,
+    )
+    from rdmaload.model import Model, load, load_into, open, pull_files, weight_iterator
+    from rdmaload.options import Options
+    from rdmaload.prune import models, prune, remove
+    from rdmaload.save import save
+    from rdmaload.stats import LoadStats, Progress, SaveStats
+
+__version__ = "0.1.0"
+
+_ERRORS = (
+    "AlreadyExistsError",
+    "AuthenticationError",
+    "DeviceError",
+    "FormatError",
+    "IntegrityError",
+    "LayoutMismatchError",
+    "LoadTimeoutError",
+    "MemoryLimitError",
+    "NotFoundError",
+    "NotSupportedError",
+    "PartialLoadError",
+    "RdmaloadError",
+    "StaleGenerationError",
+    "UnavailableError",
+    "UrlError",
+)
+
+_MODULE_OF = {
+    **dict.fromkeys(_ERRORS, "rdmaload.errors"),
+    **dict.fromkeys(
+        ("Connector", "FileConnector", "FileInfo", "KeyValueConnector", "register_connector"), "rdmaload.connectors"
+    ),
+    **dict.fromkeys(("Model", "load", "load_into", "open", "pull_files", "weight_iterator"), "rdmaload.model"),
+    **dict.fromkeys(("LoadStats", "Progress", "SaveStats"), "rdmaload.stats"),
+    **dict.fromkeys(("models", "prune", "remove"), "rdmaload.prune"),
+    "Options": "rdmaload.options",
+    "save": "rdmaload.save",
+}
+
+__all__ = [
+    "AlreadyExistsError",
+    "AuthenticationError",
+    "Connector",
+    "DeviceError",
+    "FileConnector",
+    "FileInfo",
+    "FormatError",
+    "IntegrityError",
+    "KeyValueConnector",
+    "LayoutMismatchError",
+    "LoadStats",
+    "LoadTimeoutError",
+    "MemoryLimitError",
+    "Model",
+    "NotFoundError",
+    "NotSupportedError",
+    "Options",
+    "PartialLoadError",
+    "Progress",
+    "RdmaloadError",
+    "SaveStats",
+    "StaleGenerationError",
+    "UnavailableError",
+    "UrlError",
+    "load",
+    "load_into",
+    "models",
+    "open",
+    "prune",
+    "pull_files",
+    "register_connector",
+    "remove",
+    "save",
+    "weight_iterator",
+]
+
+
+def __getattr__(name: str) -> object:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module 'rdmaload' has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    # `from rdmaload import save` must give the function, not the module of that name that the import has just bound.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,127 @@
+# The extension module; kept in step with csrc/bindings by tests/python/test_core_stub.py.
+from collections.abc import Callable, Sequence
+from typing import TypedDict
+
+from typing_extensions import Buffer, CapsuleType
+
+def crc32c(data: Buffer, value: int = 0) -> int: ...
+def crc32c_combine(a: int, b: int, length_b: int) -> int: ...
+def crc32c_implementation() -> str: ...
+
+class HostArena(Buffer):
+    def __init__(self, nbytes: int) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+    def tensor(self, offset: int, code: int, bits: int, shape: Sequence[int]) -> CapsuleType: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+class ImportedTensor:
+    def __init__(self, capsule: CapsuleType) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+
+class LentBuffer(Buffer):
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+class Transport:
+    @property
+    def path(self) -> str: ...
+    @property
+    def connections(self) -> int: ...
+
+class FileTransport(Transport):
+    def __init__(self, root: str, threads: int) -> None: ...
+
+class RespTransport(Transport):
+    def __init__(
+        self,
+        *,
+        host: str,
+        port: int,
+        username: str | None = None,
+        password: str | None = None,
+        db: int = 0,
+        protocol: int = 2,
+        connections: int = 2,
+        bytes_in_flight: int = ...,
+        connect_timeout: float = 10.0,
+        inactivity_timeout: float = 30.0,
+        name: str = "redis",
+    ) -> None: ...
+
+class PythonTransport(Transport):
+    def __init__(self, reader: Callable[[str, int, memoryview], int], threads: int) -> None: ...
+
+class TensorIndex:
+    def __init__(self) -> None: ...
+    def add_file(self, file: int, path: str, file_bytes: int, header: Buffer) -> None: ...
+    def add_blocks(self, file: int, file_bytes: int, block_bytes: int) -> None: ...
+    def __len__(self) -> int: ...
+    def tensors(self) -> list[tuple[str, str, tuple[int, ...], int, int]]: ...
+
+class StoreLayout:
+    def __init__(
+        self, files: Sequence[tuple[str, int, int]], chunk_bytes: int, object_per_chunk: bool, crcs: Buffer
+    ) -> None: ...
+
+class PlanLimits:
+    def __init__(
+        self,
+        *,
+        whole_chunks: bool = True,
+        read_bytes: int = ...,
+        coalesce_gap: int = ...,
+        max_arena_bytes: int = ...,
+        alignment: int = 64,
+    ) -> None: ...
+
+class LoadPlan:
+    @property
+    def region_bytes(self) -> list[int]: ...
+    @property
+    def wanted_bytes(self) -> int: ...
+    @property
+    def read_bytes(self) -> int: ...
+    @property
+    def reads(self) -> int: ...
+    @property
+    def segments(self) -> int: ...
+    def placements(self) -> list[tuple[int, int, int]]: ...
+
+def plan_into_arenas(
+    index: TensorIndex, layout: StoreLayout, selection: Sequence[int], limits: PlanLimits
+) -> LoadPlan: ...
+def plan_into_tensors(
+    index: TensorIndex, layout: StoreLayout, selection: Sequence[int], limits: PlanLimits
+) -> LoadPlan: ...
+
+class _Counters(TypedDict):
+    done_bytes: int
+    verified_bytes: int
+    unverified_bytes: int
+    copied_bytes: int
+    retries: int
+    checksum_seconds: float
+    seconds: float
+
+class LoadOperation:
+    def __init__(
+        self,
+        transport: Transport,
+        layout: StoreLayout,
+        plan: LoadPlan,
+        destinations: Sequence[HostArena | ImportedTensor],
+        *,
+        verify: bool = True,
+        max_integrity_attempts: int = 3,
+        retry_timeout: float = 60.0,
+        timeout: float | None = None,
+    ) -> None: ...
+    def start(self) -> None: ...
+    def wait_for(self, seconds: float) -> bool: ...
+    def cancel(self) -> None: ...
+    def throw_if_failed(self) -> None: ...
+    @property
+    def failed_object(self) -> str: ...
+    def unfinished_regions(self) -> list[int]: ...
+    def counters(self) -> _Counters: ...

@@ -1,0 +1,392 @@
+"""Redis and Valkey servers over TCP, through redis-py, for everything but reading weights.
+
+Weights are read by the native transport; here are manifests, listings, saves and deletes. Values go
+to the socket from the caller's memory, one connection per thread that asks at the same time. A
+request that failed for want of a connection is sent again until `retry_timeout` has passed.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import redis
+from redis import exceptions as theirs
+from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
+from redis.retry import Retry
+
+from rdmaload.connectors.connector import KeyValueConnector
+from rdmaload.errors import (
+    AuthenticationError,
+    FormatError,
+    LoadTimeoutError,
+    NotSupportedError,
+    RdmaloadError,
+    UnavailableError,
+    UrlError,
+)
+from rdmaload.options import Options
+from rdmaload.urls import Url
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["RedisConnector"]
+
+_log = logging.getLogger("rdmaload")
+
+_Result = TypeVar("_Result")
+
+_SCAN_COUNT = 1000  # keys that the server looks at per SCAN: bounds how long it is busy with one
+_DELETE_BATCH = 1000
+_FIRST_PAUSE = 0.02  # seconds before the second attempt: a restarted server is often there by then
+_LONGEST_PAUSE = 1.0
+
+_MISSING_TRANSPORTS = {
+    "rediss": "the TLS transport",
+    "valkeys": "the TLS transport",
+    "redis+unix": "the unix socket transport",
+    "valkey+unix": "the unix socket transport",
+    "redis+cluster": "the Redis Cluster connector",
+    "valkey+cluster": "the Valkey Cluster connector",
+    "redis+sentinel": "the Redis Sentinel connector",
+    "valkey+sentinel": "the Valkey Sentinel connector",
+    "rdma": "the RDMA transport",
+}
+
+
+class _Packer:
+    """Commands as lists of pieces for the socket, with memoryviews as pieces of their own.
+
+    The serializer that redis-py takes when hiredis is installed copies every value twice.
+    """
+
+    def pack(self, *args: object) -> list[bytes | memoryview]:
+        words = [
+            *str(args[0]).split(),
+            *args[1:],
+        ]  # redis-py names commands such as "CONFIG GET" in one text
+        pieces: list[bytes | memoryview] = []
+        head = b"*%d\r\n" % len(words)
+        for word in words:
+            if isinstance(word, memoryview):
+                pieces += [head + b"$%d\r\n" % word.nbytes, word]
+                head = b"\r\n"
+            else:
+                data = word if isinstance(word, bytes) else str(word).encode()
+                head += b"$%d\r\n%b\r\n" % (len(data), data)
+        return [*pieces, head]
+
+
+class RedisConnector(KeyValueConnector):
+    """A model in a Redis or Valkey server: `redis://[user:pass@]host[:6379]/model`.
+
+    >>> from rdmaload.urls import parse_url
+    >>> with RedisConnector(parse_url("redis://127.0.0.1:6379/llama")) as connector:
+    ...     connector
+    <RedisConnector redis://127.0.0.1:6379/llama open>
+    """
+
+    def __init__(self, url: Url, options: Options | None = None) -> None:
+        super().__init__(url, options)
+        missing = _MISSING_TRANSPORTS.get(url.scheme)
+        if missing is not None:
+            raise NotSupportedError(
+                f"{self.url} needs {missing}, which this release does not have; "
+                "redis:// and valkey:// (TCP) work",
+                url=self.url,
+            )
+        self._password = self.options.read_password(url=self.url)
+        self._host = url.host or "localhost"
+        self._port = url.port or 6379
+        self._reached = False  # Only ever becomes true; a stale read costs one shorter deadline.
+        self._pool_lock = threading.Lock()
+        self._client: Any = (
+            self._new_client()
+        )  # Any: redis-py declares every result as maybe awaitable.
+
+    def _new_client(self) -> redis.Redis:
+        options = self.options
+        credentials = None
+        if self._password is not None or options.username is not None:
+            # A provider rather than arguments: those show in redis-py's reprs.
+            credentials = redis.UsernamePasswordCredentialProvider(
+                options.username, self._password or ""
+            )
+        pool = redis.ConnectionPool(
+            host=self._host,
+            port=self._port,
+            db=options.db,
+            protocol=options.protocol,
+            credential_provider=credentials,
+            socket_connect_timeout=options.connect_timeout,
+            socket_timeout=options.inactivity_timeout,
+            socket_keepalive=True,
+            max_connections=10_000,  # callers bound their threads: the client need not refuse
+            retry=Retry(NoBackoff(), 0),  # `_call` retries, with a deadline and a record of it
+            command_packer=_Packer(),
+        )
+        return redis.Redis(connection_pool=pool)
+
+    def close(self) -> None:
+        super().close()
+        self._client.connection_pool.disconnect()
+
+    def native_transport(self) -> object | None:
+        self._check_open()
+        from rdmaload import _core
+
+        options = self.options
+        transport: object = _core.RespTransport(
+            host=self._host,
+            port=self._port,
+            username=options.username,
+            password=self._password,
+            db=options.db,
+            protocol=options.protocol,
+            connections=options.connections,
+            bytes_in_flight=options.bytes_in_flight,
+            connect_timeout=options.connect_timeout,
+            inactivity_timeout=options.inactivity_timeout,
+            name=self.url,
+        )
+        return transport
+
+    def get(self, key: str) -> bytes | None:
+        value, _ = self._call(key, lambda: self._client.get(key))
+        return None if value is None else bytes(value)
+
+    def set(self, key: str, buffer: Buffer, *, if_absent: bool = False) -> bool:
+        view = self.check_value(key, buffer)
+        stored, attempts = self._call(key, lambda: self._client.set(key, view, nx=if_absent))
+        if stored:
+            return True
+        # An attempt whose answer was lost may have stored the value that now stands in the way.
+        return attempts > 1 and self.get(key) == bytes(view)
+
+    def exists(self, key: str) -> bool:
+        count, _ = self._call(key, lambda: self._client.exists(key))
+        return bool(count)
+
+    def list(self, prefix: str) -> Iterator[str]:
+        self._check_open()
+        pattern = re.sub(r"([\\*?\[\]])", r"\\\1", prefix) + "*"
+        seen = {b""}  # no key of ours is empty
+        cursor = 0
+        while True:
+            scan = self._scan(pattern, cursor)
+            (cursor, keys), _ = self._call(prefix, scan)
+            for key in keys:
+                if key in seen:  # SCAN may repeat keys while the server resizes its table
+                    continue
+                seen.add(key)
+                try:
+                    yield key.decode()
+                except UnicodeDecodeError:
+                    continue  # not a key of ours
+            if cursor == 0:
+                return
+
+    def _scan(self, pattern: str, cursor: int) -> Callable[[], tuple[int, Sequence[bytes]]]:
+        return lambda: self._client.scan(cursor, match=pattern, count=_SCAN_COUNT, _type="STRING")
+
+    def delete(self, *keys: str) -> int:
+        removed = 0
+        for start in range(0, len(keys), _DELETE_BATCH):
+            batch = keys[start : start + _DELETE_BATCH]
+            removed += self._unlink(batch)
+        return removed
+
+    def _unlink(self, batch: Sequence[str]) -> int:
+        count, _ = self._call(batch[0], lambda: self._client.unlink(*batch))
+        return int(count)
+
+    def members_add(self, key: str, member: str) -> None:
+        self._call(key, lambda: self._client.sadd(key, member))
+
+    def members_remove(self, key: str, member: str) -> None:
+        self._call(key, lambda: self._client.srem(key, member))
+
+    def members(self, key: str) -> AbstractSet[str]:
+        names, _ = self._call(key, lambda: self._client.smembers(key))
+        return {name.decode(errors="replace") for name in names}
+
+    def publish_warning(self, needed_bytes: int = 0) -> Sequence[str]:
+        limit, used, policy = self._memory_settings()
+        warnings = []
+        if policy not in ("", "noeviction"):
+            warnings.append(
+                f"{self.url}: the server's maxmemory-policy is {policy}, so it may evict parts of "
+                "a model; set it to noeviction (CONFIG SET maxmemory-policy noeviction)"
+            )
+        if limit and used + needed_bytes > limit:
+            warnings.append(
+                f"{self.url}: {needed_bytes / 1e9:.2f} GB more do not fit beside the "
+                f"{used / 1e9:.2f} GB in use under the server's maxmemory of {limit / 1e9:.2f} GB; "
+                "raise it, or `rdmaload prune` old generations"
+            )
+        return warnings
+
+    def _memory_settings(self) -> tuple[int, int, str]:
+        """maxmemory and used memory (bytes, 0 = unlimited or unknown) and the policy."""
+        found: dict[str, str] = {}  # stays empty for a user who may run neither command
+        for command in (
+            lambda: self._client.info("memory"),
+            lambda: self._client.config_get("maxmemory*"),
+        ):
+            try:
+                answer, _ = self._call(None, command)
+            except (AuthenticationError, UnavailableError, FormatError) as err:
+                _log.debug("%s: memory settings cannot be read: %s", self.url, err)
+                continue
+            for name, value in answer.items():
+                text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+                name = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
+                found.setdefault(name.replace("-", "_"), text)
+        limit, used = (found.get(name, "") for name in ("maxmemory", "used_memory"))
+        return (
+            int(limit) if limit.isdecimal() else 0,
+            int(used) if used.isdecimal() else 0,
+            found.get("maxmemory_policy", ""),
+        )
+
+    def _call(self, key: str | None, command: Callable[[], _Result]) -> tuple[_Result, int]:
+        """Run a command, again while connections fail; its result and the number of attempts."""
+        self._check_open()
+        backoff = ExponentialWithJitterBackoff(cap=_LONGEST_PAUSE, base=_FIRST_PAUSE)
+        started = time.monotonic()
+        attempts = 0
+        while True:
+            attempts += 1
+            try:
+                result = command()
+            except (theirs.RedisError, OSError, UnicodeError) as err:
+                failure: Exception = err
+            else:
+                self._reached = True
+                return result, attempts
+            self._check_open()
+            # A server that never answered is more likely a wrong address than one that restarts.
+            patience = self.options.retry_timeout
+            if not self._reached and not isinstance(failure, theirs.BusyLoadingError):
+                patience = min(patience, self.options.connect_timeout)
+            pause = backoff.compute(attempts)
+            if not _may_pass(failure) or time.monotonic() - started + pause > patience:
+                break
+            if attempts == 1:
+                _log.warning(
+                    "%s: %s; trying again for %g s", self.url, self._text_of(failure), patience
+                )
+            time.sleep(pause)
+        # Raised here, outside of the handler: the failure is attached only where it shows no
+        # secret.
+        error = self._translated(failure, key, attempts)
+        raise error from (failure if self._shows_no_secret(failure) else None)
+
+    def _translated(self, failure: Exception, key: str | None, attempts: int) -> RdmaloadError:
+        kind, advice = _meaning(failure)
+        place = f"{key} at {self.url}" if key else self.url
+        tries = f" ({attempts} attempts)" if attempts > 1 else ""
+        return kind(f"{place}: {self._text_of(failure)}{tries}: {advice}", url=self.url, key=key)
+
+    def _text_of(self, failure: Exception) -> str:
+        if self._shows_no_secret(failure):
+            return str(failure) or type(failure).__name__
+        return f"{type(failure).__name__} (its text is left out, because the password is in it)"
+
+    def _shows_no_secret(self, failure: BaseException | None) -> bool:
+        """Whether no error of a chain holds the password: servers quote what they refuse."""
+        while failure is not None and self._password:
+            if any(self._password in str(argument) for argument in (failure, *failure.args)):
+                return False
+            failure = failure.__cause__ or failure.__context__
+        return True
+
+
+def _may_pass(failure: Exception) -> bool:
+    """Whether the same command may succeed a little later on another connection."""
+    if isinstance(failure, (theirs.AuthenticationError, theirs.AuthorizationError)):
+        return False
+    if isinstance(failure, (theirs.BusyLoadingError, theirs.MasterDownError, theirs.TryAgainError)):
+        return True
+    if not isinstance(failure, (theirs.ConnectionError, theirs.TimeoutError, OSError)):
+        return False
+    lookup = _caused_by(failure, socket.gaierror)
+    return lookup is None or lookup.errno == socket.EAI_AGAIN
+
+
+def _caused_by(failure: BaseException | None, kind: type[OSError]) -> OSError | None:
+    while failure is not None:
+        if isinstance(failure, kind):
+            return failure
+        failure = failure.__cause__ or failure.__context__
+    return None
+
+
+def _meaning(failure: Exception) -> tuple[type[RdmaloadError], str]:
+    """Our class for a failure, and what to do about it. Order matters: redis-py's classes nest."""
+    text = str(failure)
+    if isinstance(failure, theirs.NoPermissionError):
+        return (
+            AuthenticationError,
+            "the user's ACL lacks this command or key; grant it, or give another user",
+        )
+    if isinstance(
+        failure,
+        (
+            theirs.AuthenticationError,
+            theirs.AuthorizationError,
+            theirs.AuthenticationWrongNumberOfArgsError,
+        ),
+    ):
+        return (
+            AuthenticationError,
+            "give the right user and password in the url, or by password_file or password_env",
+        )
+    if isinstance(failure, theirs.BusyLoadingError):
+        return (
+            UnavailableError,
+            "the server is still loading its data; wait, or raise retry_timeout",
+        )
+    if isinstance(failure, theirs.OutOfMemoryError):
+        return (
+            UnavailableError,
+            "the server is full; raise its maxmemory, or free some with `rdmaload prune` or `rm`",
+        )
+    if isinstance(failure, theirs.AskError):  # and MovedError
+        return (
+            NotSupportedError,
+            "the server is part of a cluster, which needs redis+cluster:// (not in this release)",
+        )
+    if isinstance(failure, theirs.ReadOnlyError):
+        return UnavailableError, "the server is a read-only replica; give the url of its primary"
+    if isinstance(failure, theirs.ClusterDownError):  # and MasterDownError
+        return (
+            UnavailableError,
+            "the server cannot serve now; look at its replication or cluster state",
+        )
+    if isinstance(failure, theirs.TimeoutError):
+        return (
+            LoadTimeoutError,
+            "the server did not answer in time; see connect_timeout and inactivity_timeout",
+        )
+    if isinstance(failure, UnicodeError):
+        return UrlError, "this is no name of a host"
+    if isinstance(failure, (theirs.ConnectionError, OSError)):
+        return UnavailableError, "check that the server runs and that host and port are right"
+    if isinstance(failure, theirs.ResponseError):
+        if text.startswith("WRONGTYPE"):
+            return FormatError, "the key holds a value of another kind, written by something else"
+        if "DB index is out of range" in text or "invalid DB index" in text:
+            return UrlError, "the server has no such database; correct db="
+        return UnavailableError, "the server refused the command"
+    return (
+        FormatError,
+        "the answer is not RESP; check that host and port are a Redis or Valkey server",
+    )

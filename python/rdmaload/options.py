@@ -1,0 +1,297 @@
+"""Every setting with its name, type and default; from a url, keywords or an `Options`.
+
+One name serves all three. Values are checked when they are put together, so that a wrong one is
+refused before anything is opened. Nothing here is global, and the environment is read only for
+`password_env`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from rdmaload.errors import AuthenticationError, UrlError
+from rdmaload.urls import Url, is_secret_option
+
+__all__ = ["Options", "parse_size"]
+
+_Value = TypeVar("_Value")
+
+_UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    _UNITS |= {_letter: 1024**_power, f"{_letter}ib": 1024**_power, f"{_letter}b": 1000**_power}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", re.ASCII)
+_MAX_PASSWORD_BYTES = 65536  # more is not a password: the name of another file was given
+
+
+class _Wrong(Exception):
+    """What a value should have been."""
+
+
+def parse_size(text: str) -> int:
+    """Bytes from text: "1048576", "16MiB", "16M" (both 2**20), "16MB" (10**6).
+
+    >>> parse_size("16MiB")
+    16777216
+    """
+    matched = _SIZE.fullmatch(text.strip())
+    unit = _UNITS.get(matched.group(2).lower()) if matched else None
+    if matched is None or unit is None:
+        raise ValueError(
+            f"{text[:40]!r} is no size; write bytes, or a number with "
+            "KiB, MiB, GiB, TiB, KB, MB, GB or TB"
+        )
+    number = matched.group(1)
+    return int(number) * unit if "." not in number else round(float(number) * unit)
+
+
+def _whole(low: int, high: int = 2**31 - 1) -> Callable[[object], int]:
+    def convert(value: object) -> int:
+        if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):
+            value = int(value)
+        if type(value) is not int or not low <= value <= high:
+            raise _Wrong(f"a whole number from {low} to {high}")
+        return value
+
+    return convert
+
+
+def _size(low: int = 1) -> Callable[[object], int]:
+    def convert(value: object) -> int:
+        if isinstance(value, str):
+            try:
+                value = parse_size(value)
+            except ValueError:
+                value = None
+        if type(value) is not int or not low <= value < 2**63:
+            raise _Wrong(f"bytes, at least {low}, such as 1048576 or 16MiB")
+        return value
+
+    return convert
+
+
+def _seconds(value: object) -> float:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            value = None
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or value <= 0
+    ):
+        raise _Wrong("seconds above 0")
+    return float(value)
+
+
+def _one_of(*choices: _Value) -> Callable[[object], _Value]:
+    def convert(value: object) -> _Value:
+        for choice in choices:
+            if value == str(choice) or (type(value) is type(choice) and value == choice):
+                return choice
+        raise _Wrong("one of " + ", ".join(str(choice) for choice in choices))
+
+    return convert
+
+
+def _text(value: object) -> str:
+    # A path is welcome where a name of a file is.
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str) or not value:
+        raise _Wrong("a text that is not empty")
+    return value
+
+
+def _hex(digits: int) -> Callable[[object], str]:
+    def convert(value: object) -> str:
+        if not isinstance(value, str) or not re.fullmatch(f"[0-9a-f]{{{digits}}}", value):
+            raise _Wrong(f"{digits} lower-case hexadecimal digits")
+        return value
+
+    return convert
+
+
+def _option(convert: Callable[[object], object], default: Any, *, secret: bool = False) -> Any:
+    return field(
+        default=default, repr=not secret, metadata={"convert": convert, "optional": default is None}
+    )
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of one connector and of the loads and saves through it.
+
+    >>> Options(connections=4, window_bytes=2**30).connections
+    4
+    """
+
+    connections: int = _option(_whole(1, 1024), 2)
+    """Connections to the store that one load holds."""
+    bytes_in_flight: int = _option(_size(), 16 * 2**20)
+    """Bytes asked for and not yet received, over all connections: a server buffers its replies."""
+    connect_timeout: float = _option(_seconds, 10.0)
+    """Seconds for an attempt to connect, and for all of them until one succeeds."""
+    inactivity_timeout: float = _option(_seconds, 30.0)
+    """Seconds without a byte after which a connection counts as failed."""
+    retry_timeout: float = _option(_seconds, 60.0)
+    """Seconds without progress for which failed requests are tried again."""
+    timeout: float | None = _option(_seconds, None)
+    """Seconds for a whole load or save; None = no limit."""
+    verify: Literal["auto", "require", "off"] = _option(_one_of("auto", "require", "off"), "auto")
+    """"auto" checks what has a checksum, "require" refuses what has none, "off" checks nothing."""
+    generation: str | None = _option(_hex(32), None)
+    """The generation that must be read; None = the one that is published."""
+    manifest_sha256: str | None = _option(_hex(64), None)
+    """SHA-256 that the manifest must have, against attackers; None = any."""
+    max_host_bytes: int | None = _option(_size(), None)
+    """Host memory that a load may use; None = what the control group allows."""
+    window_bytes: int = _option(_size(), 512 * 2**20)
+    """Bytes that an iterator reads ahead of what was yielded."""
+    username: str | None = _option(_text, None)
+    """User at the store; None = its default user."""
+    password: str | None = _option(_text, None, secret=True)
+    """Password at the store. Better: `password_file` or `password_env`."""
+    password_file: str | None = _option(_text, None)
+    """File that holds the password; a final line break is not part of it."""
+    password_env: str | None = _option(_text, None)
+    """Environment variable that holds the password."""
+    db: int = _option(_whole(0), 0)
+    """Redis database number."""
+    protocol: int = _option(_one_of(2, 3), 2)
+    """RESP version to speak."""
+    chunk_bytes: int | None = _option(_size(), None)
+    """Bytes per chunk of a save; None = the format's default, or what the store takes."""
+    threads: int = _option(_whole(1, 1024), 2)
+    """Threads that read local files, or a store without a native transport."""
+    max_integrity_attempts: int = _option(_whole(1, 100), 3)
+    """How often a chunk is read in all before a wrong checksum is an error."""
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value = _converted(option.name, getattr(self, option.name), "")
+            object.__setattr__(self, option.name, value)
+
+    @classmethod
+    def resolve(
+        cls,
+        url: Url,
+        options: Options | None = None,
+        *,
+        also: Collection[str] = (),
+        **keywords: object,
+    ) -> Options:
+        """The options that `url`, `options` and `keywords` give together.
+
+        Keywords replace what `options` says. The url must agree with both: a name with two
+        different values is a UrlError, and so is an unknown name (with the nearest known one) or a
+        value of the wrong type. `also` are names of the query that the connector reads by itself. A
+        user and a password in the url are options too.
+        """
+        where = f" in {url.redacted}"
+        from_url = {
+            name: _converted(name, value, where)
+            for name, value in url.query.items()
+            if name not in also
+        }
+        for name, value in (("username", url.user), ("password", url.password)):
+            if value:
+                if from_url.get(name, value) != value:
+                    raise _conflict(name, value, from_url[name], url)
+                from_url[name] = value
+        given = {name: _converted(name, value, "") for name, value in keywords.items()}
+        if options is not None:
+            for option in fields(cls):
+                value = getattr(options, option.name)
+                if value != option.default:
+                    given.setdefault(option.name, value)
+        for name, value in from_url.items():
+            if name in given and given[name] != value:
+                raise _conflict(name, value, given[name], url)
+        merged = replace(
+            cls(), **given, **{name: from_url[name] for name in from_url.keys() - given.keys()}
+        )
+        sources = [
+            name for name in ("password", "password_file", "password_env") if getattr(merged, name)
+        ]
+        if len(sources) > 1:
+            raise UrlError(
+                f"{' and '.join(sources)} are given for {url.redacted}; keep one", url=url.redacted
+            )
+        return merged
+
+    def read_password(self, *, url: str | None = None) -> str | None:
+        """The password from wherever the options say it is; None when they say nothing.
+
+        Raises AuthenticationError when the file or the environment variable cannot be used.
+        """
+        place = f" for {url}" if url else ""
+        if self.password_env is not None:
+            value = os.environ.get(self.password_env)
+            if not value:
+                raise AuthenticationError(
+                    f"password_env={self.password_env}{place}: "
+                    "the environment has no such variable, or it is empty",
+                    url=url,
+                )
+            return value
+        if self.password_file is None:
+            return self.password
+        try:
+            with Path(self.password_file).open("rb") as file:
+                content = file.read(_MAX_PASSWORD_BYTES + 1)
+        except OSError as err:
+            raise AuthenticationError(
+                f"password_file={self.password_file}{place} cannot be read: {err.strerror}", url=url
+            ) from err
+        problem = "holds more than a password"
+        if len(content) <= _MAX_PASSWORD_BYTES:
+            try:
+                text = content.decode()
+            except UnicodeDecodeError:
+                problem = "is not UTF-8 text"
+            else:
+                text = text.removesuffix("\n").removesuffix("\r")
+                if text:
+                    return text
+                problem = "is empty"
+        raise AuthenticationError(f"password_file={self.password_file}{place} {problem}", url=url)
+
+
+_FIELDS = {option.name: option for option in fields(Options)}
+
+
+def _converted(name: str, value: object, where: str) -> Any:
+    option = _FIELDS.get(name)
+    if option is None:
+        near = difflib.get_close_matches(name, _FIELDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(_FIELDS))}"
+        raise UrlError(f"unknown option {name}{where}: {hint}")
+    convert = option.metadata["convert"]
+    # In a url "none" is the way to write None, except where it may be a name or a password.
+    if option.metadata["optional"] and (
+        value is None or (value == "none" and convert is not _text)
+    ):
+        return None
+    try:
+        return convert(value)
+    except _Wrong as err:
+        shown = "" if is_secret_option(name) else f", not {str(value)[:80]!r}"
+        raise UrlError(f"option {name}{where} must be {err}{shown}") from None
+
+
+def _conflict(name: str, in_url: object, elsewhere: object, url: Url) -> UrlError:
+    shown = "" if is_secret_option(name) else f" ({in_url!r} and {elsewhere!r})"
+    return UrlError(
+        f"{name} is given in the url {url.redacted} and beside it "
+        f"with different values{shown}; keep one",
+        url=url.redacted,
+    )

@@ -1,0 +1,232 @@
+"""Runs load plans over one opened model: the seam between Python's connectors and the native loader.
+
+A StoreReader owns the model's transport (connections, threads) from the first read to close(). Any thread may use it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from rdmaload import _core
+from rdmaload.connectors.connector import Connector, FileConnector, KeyValueConnector
+from rdmaload.errors import IntegrityError, NotFoundError, RdmaloadError, StaleGenerationError, UnavailableError
+from rdmaload.index import Index
+from rdmaload.manifest import Manifest, manifest_key
+from rdmaload.stats import LoadStats
+
+__all__ = ["Batch", "StoreReader", "Tick"]
+
+Tick = Callable[[int], None]
+"""Called now and then while reads run, with the bytes that have arrived."""
+
+_TICK_SECONDS = 0.1
+
+
+@dataclass
+class Batch:
+    """Reads that run, or have run, into `destinations`."""
+
+    plan: _core.LoadPlan
+    destinations: Sequence[_core.HostArena | _core.ImportedTensor]
+    operation: _core.LoadOperation
+
+
+class StoreReader:
+    """Plans and executes reads of the files of `index`; `generation` is None for a store of plain files."""
+
+    def __init__(self, connector: Connector, index: Index, generation: str | None) -> None:
+        self._connector = connector
+        self._generation = generation
+        options = connector.options
+        if options.verify == "require" and not index.crcs and index.total_bytes > 0:
+            raise IntegrityError(
+                f"{connector.url} has no checksums, and verify='require' asks for them: save the model to a store that "
+                "keeps them, or use verify='auto'",
+                url=connector.url,
+            )
+        self._verify = options.verify != "off" and bool(index.crcs)
+        if isinstance(connector, KeyValueConnector):
+            prefix = f"{connector.model}/chunks/{generation}"
+            files = [(f"{prefix}/{file.number}/", file.size, file.first_chunk) for file in index.files]
+        else:
+            files = [(file.path, file.size, file.first_chunk) for file in index.files]
+        chunked = isinstance(connector, KeyValueConnector)
+        self._layout = _core.StoreLayout(files, index.chunk_bytes or 0, chunked, index.crcs)
+        self._lock = threading.Lock()
+        self._transport: _core.Transport | None = None  # guarded by _lock
+        self._closed = False  # guarded by _lock
+
+    def close(self) -> None:
+        """Close the connections; reads that run end with an error first."""
+        with self._lock:
+            self._closed = True
+            transport, self._transport = self._transport, None
+        del transport
+
+    def transport(self) -> _core.Transport:
+        """The transport, made on first use."""
+        with self._lock:
+            if self._closed:
+                raise UnavailableError(f"{self._connector.url} is closed: open it again", url=self._connector.url)
+            if self._transport is None:
+                native = self._connector.native_transport()
+                if native is None:
+                    native = self._python_transport()
+                assert isinstance(native, _core.Transport)
+                self._transport = native
+            return self._transport
+
+    def _python_transport(self) -> _core.Transport:
+        connector = self._connector
+        options = connector.options
+        if isinstance(connector, KeyValueConnector):
+            store = connector
+
+            def read_value(key: str, offset: int, buffer: memoryview) -> int:
+                return store.get_into(key, buffer)
+
+            return _core.PythonTransport(read_value, max(options.connections, options.threads))
+        assert isinstance(connector, FileConnector)
+        return _core.PythonTransport(connector.read_into, options.threads)
+
+    def _limits(self) -> _core.PlanLimits:
+        # A connector written in Python reads values whole.
+        whole = self._verify or self.transport().path == "python"
+        return _core.PlanLimits(whole_chunks=whole)
+
+    def plan(
+        self, tensors: _core.TensorIndex, selection: Sequence[int], *, into_tensors: bool = False
+    ) -> _core.LoadPlan:
+        """A plan that puts the selected tensors into arenas, or each into a destination of its own."""
+        make = _core.plan_into_tensors if into_tensors else _core.plan_into_arenas
+        return make(tensors, self._layout, list(selection), self._limits())
+
+    def start(
+        self, plan: _core.LoadPlan, destinations: Sequence[_core.HostArena | _core.ImportedTensor]
+    ) -> Batch:
+        """Begin to read; the destinations are written until finish() has returned or raised."""
+        options = self._connector.options
+        operation = _core.LoadOperation(
+            self.transport(),
+            self._layout,
+            plan,
+            list(destinations),
+            verify=self._verify,
+            max_integrity_attempts=options.max_integrity_attempts,
+            retry_timeout=options.retry_timeout,
+            timeout=options.timeout,
+        )
+        operation.start()
+        return Batch(plan, destinations, operation)
+
+    def finish(self, batch: Batch, stats: LoadStats, tick: Tick | None = None) -> None:
+        """Wait until everything has arrived and is verified; add what it took to `stats`. Raises the first error."""
+        operation = batch.operation
+        try:
+            while not operation.wait_for(_TICK_SECONDS):
+                if tick is not None:
+                    tick(operation.counters()["done_bytes"])
+        except BaseException:  # interrupted: nothing may still write when the caller goes on
+            operation.cancel()
+            while not operation.wait_for(_TICK_SECONDS):
+                pass
+            raise
+        finally:
+            self._count(batch, stats)
+        if tick is not None:
+            tick(operation.counters()["done_bytes"])
+        try:
+            operation.throw_if_failed()
+        except RdmaloadError as error:
+            raise self._explained(error, operation.failed_object or None) from None
+
+    def stream(
+        self,
+        plans: Iterator[_core.LoadPlan],
+        *,
+        window_bytes: int,
+        stats: LoadStats,
+        tick: Tick | None = None,
+        reuse: bool = False,
+    ) -> Iterator[Batch]:
+        """Execute plans in order, reading ahead at most `window_bytes` (but one plan always), and yield each when done.
+
+        With `reuse`, arenas of a batch are used again once the consumer has come back for the next.
+        """
+        ahead: deque[Batch] = deque()
+        ahead_bytes = 0
+        spare: list[_core.HostArena] = []
+        done_before = 0
+        waiting = next(plans, None)
+        try:
+            while ahead or waiting is not None:
+                while waiting is not None and (not ahead or ahead_bytes + waiting.wanted_bytes <= window_bytes):
+                    arenas = [_take(spare, nbytes) for nbytes in waiting.region_bytes]
+                    ahead.append(self.start(waiting, arenas))
+                    ahead_bytes += waiting.wanted_bytes
+                    waiting = next(plans, None)
+                batch = ahead[0]
+                self.finish(batch, stats, None if tick is None else lambda done: tick(done_before + done))
+                done_before += batch.plan.read_bytes
+                yield batch
+                ahead.popleft()
+                ahead_bytes -= batch.plan.wanted_bytes
+                if reuse:
+                    spare.extend(arena for arena in batch.destinations if isinstance(arena, _core.HostArena))
+        finally:
+            for batch in ahead:
+                batch.operation.cancel()
+
+    def _count(self, batch: Batch, stats: LoadStats) -> None:
+        counters = batch.operation.counters()
+        transport = self._transport
+        if transport is not None:
+            stats.path = transport.path
+            stats.connections = transport.connections
+        stats.generation = self._generation
+        stats.retries += counters["retries"]
+        stats.verified_bytes += counters["verified_bytes"]
+        stats.unverified_bytes += counters["unverified_bytes"]
+        stats.copied_bytes += counters["copied_bytes"]
+        stats.read_bytes += batch.plan.read_bytes
+        for stage, seconds in (("read", counters["seconds"]), ("checksum", counters["checksum_seconds"])):
+            stats.stages[stage] = stats.stages.get(stage, 0.0) + seconds
+
+    def _explained(self, error: RdmaloadError, key: str | None) -> RdmaloadError:
+        """The error with its url and key; for a missing chunk, which of the two reasons it is."""
+        connector = self._connector
+        if isinstance(error, NotFoundError) and isinstance(connector, KeyValueConnector):
+            error = self._why_missing(connector, error, key)
+        error.url = connector.url
+        error.key = key
+        return error
+
+    def _why_missing(self, connector: KeyValueConnector, error: RdmaloadError, key: str | None) -> RdmaloadError:
+        where = f"{connector.url}: chunk '{key}' is gone"
+        try:
+            value = connector.get(manifest_key(connector.model))
+            published = Manifest.decode(value).generation if value is not None else None
+        except RdmaloadError as second:
+            return NotFoundError(f"{where}, and the manifest cannot be read to say why ({second})")
+        if published == self._generation:
+            return NotFoundError(
+                f"{where} although the manifest still names its generation: the server has evicted or lost it. Set "
+                "maxmemory-policy noeviction (or more maxmemory) and save the model again"
+            )
+        now = "removed" if published is None else f"replaced by generation {published}"
+        return StaleGenerationError(
+            f"{where}: generation {self._generation} was {now} and pruned while it was read; open the model again"
+        )
+
+
+def _take(spare: list[_core.HostArena], nbytes: int) -> _core.HostArena:
+    """An arena of at least `nbytes`, used before if one is large enough."""
+    for position, arena in enumerate(spare):
+        if arena.nbytes >= nbytes:
+            return spare.pop(position)
+    return _core.HostArena(nbytes)
+
+

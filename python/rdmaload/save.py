@@ -1,0 +1,372 @@
+"""save(): a model into a key-value store or a directory, in parallel, resumably, all or nothing.
+
+Into a key-value store a save writes to a generation of its own and publishes it by one SET of the
+manifest. Until then readers see the old model or none, however many savers run or die. An
+interrupted save of a directory goes on where it stopped when it is called again; see journal.py for
+what it keeps in the store, publish.py for the last steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rdmaload.connectors import FileConnector, KeyValueConnector, connector_for
+from rdmaload.connectors.local import LocalConnector
+from rdmaload.errors import FormatError, LoadTimeoutError, NotSupportedError, RdmaloadError
+from rdmaload.files_save import save_files
+from rdmaload.index import DEFAULT_CHUNK_BYTES
+from rdmaload.journal import SAVE_ID, SaveKeys, encode_part
+from rdmaload.manifest import GENERATION_PATTERN, Manifest, utc_now
+from rdmaload.options import Options
+from rdmaload.publish import Publisher
+from rdmaload.sources import SourceModel, directory_model, read_index, stored_model
+from rdmaload.stats import Progress, SaveStats
+from rdmaload.upload import Upload
+from rdmaload.urls import parse_url
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["save"]
+
+_log = logging.getLogger("rdmaload")
+
+# prune takes a save for dead after a grace of minutes to hours; ten seconds cost nothing.
+_BEAT_SECONDS = 10.0
+
+# A connection is busy or waiting for the server's answer; two threads per connection read and
+# checksum the next chunk meanwhile.
+_THREADS_PER_CONNECTION = 2
+
+_PATHS = {"redis": "resp-tcp", "valkey": "resp-tcp", "memory": "memory", "file": "file-buffered"}
+
+
+def save(
+    source: str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module,
+    url: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+    save_id: str | None = None,
+    layout: Literal["rdmaload", "sglang"] = "rdmaload",
+    overwrite: bool = True,
+    chunk_bytes: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    options: Options | None = None,
+    **opts: object,
+) -> SaveStats:
+    """Save a directory, a state dict, a module, or another model (by its url) to `url`.
+
+    The ranks of a sharded model each call save with their own `rank`, the same `world_size` and the
+    same `save_id`; whoever finishes last publishes. A save id names one content: take a new one for
+    every save (a step number and a job id, say), and the same one to repeat a rank that died. A
+    directory saved again after an interruption is recognised without a save id, unless it changed.
+
+    A key-value store shows the old model or the new one, never a mix; superseded chunks stay until
+    `prune`. Into a directory, files appear whole and one by one, the list of weight files and
+    config.json last; weight files at its root that the new model lacks are then removed.
+
+    Args:
+        overwrite: False refuses to replace a model that exists.
+        chunk_bytes: bytes per value in a key-value store; None: the source's, or 2^20 - 4096.
+        progress: called with a Progress in this thread about ten times a second.
+        options, **opts: see Options; they are those of the destination.
+
+    Returns what was sent. Stages "read", "checksum" and "send" are summed over the threads.
+
+    Raises IntegrityError when the source changes meanwhile or a copied chunk does not match its
+    checksum, LayoutMismatchError when ranks do not fit together, AlreadyExistsError,
+    NotSupportedError for tensors that safetensors cannot hold, LoadTimeoutError after `timeout`,
+    and what the stores raise. Nothing is published then.
+    """
+    _check_arguments(rank, world_size, save_id)
+    if layout != "rdmaload":
+        raise NotSupportedError(f"layout={layout!r} cannot be written; use layout='rdmaload'")
+    started = time.perf_counter()
+    if chunk_bytes is not None:
+        opts["chunk_bytes"] = chunk_bytes
+    with connector_for(url, options, **opts) as connector:
+        model = _source_model(source, rank, world_size)
+        try:
+            watch = _Watch(model, connector.options.timeout, progress, started, connector.url)
+            watch.stages["plan"] = time.perf_counter() - started
+            if isinstance(connector, KeyValueConnector):
+                stats = _KeyValueSave(
+                    connector, model, rank, save_id, overwrite=overwrite, watch=watch
+                ).run()
+            elif isinstance(connector, FileConnector):
+                _check_places(source, connector)
+                save_files(
+                    connector,
+                    model,
+                    rank=rank,
+                    overwrite=overwrite,
+                    tick=watch.tick,
+                    threads=connector.options.threads,
+                )
+                stats = SaveStats(published=True, connections=connector.options.threads)
+            else:
+                raise TypeError(f"{connector!r} is neither a key-value nor a file connector")
+        finally:
+            model.close()
+    stats.bytes = model.bytes
+    stats.files = len(model.files)
+    stats.path = _PATHS.get(connector.location.scheme, "python")
+    stats.stages = watch.stages
+    stats.seconds = time.perf_counter() - started
+    watch.finish()
+    return stats
+
+
+def _check_arguments(rank: int | None, world_size: int | None, save_id: str | None) -> None:
+    if (rank is None) != (world_size is None):
+        raise ValueError("rank and world_size go together")
+    if rank is not None and world_size is not None and not 0 <= rank < world_size:
+        raise ValueError(
+            f"rank {rank} is not one of 0 to {world_size - 1} (world_size {world_size})"
+        )
+    if save_id is not None and not SAVE_ID.fullmatch(save_id):
+        raise ValueError(f"save_id {save_id[:200]!r} is not 1 to 128 of A-Z a-z 0-9 . _ -")
+    if save_id is None and world_size is not None and world_size > 1:
+        raise ValueError(
+            "a sharded save needs a save_id that all its ranks share and no other save has: "
+            "it is what keeps two saves at once from being mixed"
+        )
+
+
+def _source_model(source: object, rank: int | None, world_size: int | None) -> SourceModel:
+    if isinstance(source, (str, os.PathLike)):
+        location = parse_url(source)
+        connector = connector_for(location)
+        try:
+            if isinstance(connector, LocalConnector):
+                return directory_model(connector, connector.root, rank=rank, world_size=world_size)
+            if rank is not None:
+                raise ValueError(
+                    f"{connector.url} is a model with ranks of its own: copy it without rank="
+                )
+            model = stored_model(connector, connector.options)
+        except BaseException:
+            connector.close()
+            raise
+        model.on_close = connector.close
+        return model
+    from rdmaload.state_dict import state_dict_model
+
+    if isinstance(source, Mapping):
+        return state_dict_model(source, rank=rank, world_size=world_size)
+    state_dict = getattr(source, "state_dict", None)
+    if callable(state_dict):
+        return state_dict_model(state_dict(), rank=rank, world_size=world_size)
+    raise TypeError(
+        f"cannot save a {type(source).__name__}: give a directory, a state dict, a module or a url"
+    )
+
+
+def _check_places(source: object, connector: FileConnector) -> None:
+    if isinstance(source, (str, os.PathLike)) and isinstance(connector, LocalConnector):
+        location = parse_url(source)
+        if location.scheme == "file" and Path(location.path).resolve() == connector.root.resolve():
+            raise ValueError(f"{connector.url} is both source and destination")
+
+
+class _Watch:
+    """Progress, deadline and stage times of one save."""
+
+    def __init__(
+        self,
+        model: SourceModel,
+        timeout: float | None,
+        progress: Callable[[Progress], None] | None,
+        started: float,
+        url: str,
+    ) -> None:
+        self.stages: dict[str, float] = {}
+        self._model = model
+        self._bytes_total = model.bytes
+        self._timeout = timeout
+        self._progress = progress
+        self._started = started
+        self._url = url
+
+    def tick(self, bytes_done: int, files_done: int) -> None:
+        seconds = time.perf_counter() - self._started
+        if self._timeout is not None and seconds > self._timeout:
+            raise LoadTimeoutError(
+                f"the save to {self._url} took longer than timeout={self._timeout:g} s; nothing "
+                "was published. Allow more, or call it again: finished files are not sent twice.",
+                url=self._url,
+            )
+        if self._progress is not None:
+            self._progress(
+                Progress(
+                    "save",
+                    bytes_done,
+                    self._bytes_total,
+                    files_done,
+                    len(self._model.files),
+                    seconds,
+                )
+            )
+
+    def finish(self) -> None:
+        if self._progress is not None:
+            self._timeout = None
+            self.tick(self._bytes_total, len(self._model.files))
+
+
+class _KeyValueSave:
+    """One attempt of one rank."""
+
+    def __init__(
+        self,
+        connector: KeyValueConnector,
+        model: SourceModel,
+        rank: int | None,
+        save_id: str | None,
+        *,
+        overwrite: bool,
+        watch: _Watch,
+    ) -> None:
+        self._connector = connector
+        self._model = model
+        self._rank = rank
+        self._watch = watch
+        self._overwrite = overwrite
+        self._parts = model.world_size if rank is not None else 1
+        wanted = connector.options.chunk_bytes or model.chunk_bytes or DEFAULT_CHUNK_BYTES
+        self._chunk_bytes = min(wanted, connector.max_value_bytes)
+        # Without a name of ours the save id says what the content is: an attempt that finds it
+        # published has nothing left to do.
+        self._id_names_content = save_id is None and model.content_id is not None
+        self._keys = SaveKeys(connector.model, save_id or self._default_save_id())
+        self._last_beat = 0.0
+
+    def _default_save_id(self) -> str:
+        if self._model.content_id is None:
+            return secrets.token_hex(16)
+        text = f"{self._model.content_id} {self._chunk_bytes} {self._rank} {self._parts}"
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def run(self) -> SaveStats:
+        stats = SaveStats(save_id=self._keys.save_id)
+        for warning in self._connector.publish_warning(self._model.bytes):
+            _log.warning("%s", warning)
+        generation, published = self._join()
+        stats.generation = generation
+        if published:
+            stats.skipped_bytes = self._model.bytes
+            stats.published = True
+            return stats
+        upload = Upload(
+            self._connector,
+            self._keys,
+            generation,
+            self._model.files,
+            chunk_bytes=self._chunk_bytes,
+            rank=self._rank,
+            world_size=self._parts,
+        )
+
+        def tick() -> None:
+            self._beat()
+            self._watch.tick(upload.bytes_done, upload.files_done)
+
+        threads = self._connector.options.connections * _THREADS_PER_CONNECTION
+        index = upload.run(threads, tick)
+        # Every file was whole when it was sent; together they are a model only if none has changed
+        # since the first.
+        self._model.check_unchanged()
+        started = time.perf_counter()
+        self._beat(now=True)
+        encoded = index.encode()
+        part = Manifest.of(
+            encoded,
+            generation=generation,
+            files=len(index.files),
+            bytes=index.total_bytes,
+            writer=_writer(),
+            kind=self._model.kind,
+            world_size=self._model.world_size,
+            layout=self._model.layout,
+            identity=self._model.identity,
+        )
+        self._connector.set(
+            self._keys.part(generation, self._rank or 0), encode_part(part, encoded)
+        )
+        stats.published = self._publisher(generation).publish(index)
+        self._watch.stages.update(upload.stages)
+        self._watch.stages["publish"] = time.perf_counter() - started
+        stats.connections = threads
+        stats.chunks = upload.chunks_sent
+        stats.skipped_bytes = upload.skipped_bytes
+        return stats
+
+    def _publisher(self, generation: str) -> Publisher:
+        return Publisher(
+            self._connector,
+            self._keys,
+            generation,
+            parts=self._parts,
+            overwrite=self._overwrite,
+        )
+
+    def _join(self) -> tuple[str, bool]:
+        """The generation that all attempts of this save write to, and whether it is published."""
+        while True:
+            fresh = secrets.token_hex(16)
+            if not self._overwrite:
+                # Before anything is written: a refused save leaves nothing behind.
+                value = self._connector.get(self._keys.generation) or b""
+                self._publisher(value.decode("ascii", "replace")).check_absent()
+            # The sign of life first: prune must not find a save without one.
+            self._beat(now=True)
+            self._connector.set(self._keys.generation, fresh.encode(), if_absent=True)
+            value = self._connector.get(self._keys.generation)
+            if value is None:
+                continue  # another attempt has just finished
+            generation = value.decode("ascii", "replace")
+            if not GENERATION_PATTERN.fullmatch(generation):
+                raise FormatError(
+                    f"{self._keys.generation} on {self._connector.url} holds no generation; delete "
+                    "it, or save under another save_id.",
+                    url=self._connector.url,
+                    key=self._keys.generation,
+                )
+            published = self._publisher(generation).published_manifest()
+            if published is None or published.generation != generation:
+                return generation, False
+            # Published, but the attempt that did it had no time to clean up.
+            if self._id_names_content and self._is_whole(published):
+                self._publisher(generation).clean_up()
+                return generation, True
+            self._publisher(generation).clean_up()
+
+    def _is_whole(self, published: Manifest) -> bool:
+        try:
+            index = read_index(self._connector, published)
+            self._publisher(published.generation).check_present(index)
+        except RdmaloadError:
+            return False
+        return True
+
+    def _beat(self, *, now: bool = False) -> None:
+        moment = time.monotonic()
+        if now or moment - self._last_beat >= _BEAT_SECONDS:
+            self._last_beat = moment
+            self._connector.set(self._keys.beat, utc_now().encode())
+
+
+def _writer() -> str:
+    try:
+        return f"rdmaload {importlib.metadata.version('rdmaload')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "rdmaload (not installed)"

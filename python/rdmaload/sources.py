@@ -1,0 +1,444 @@
+"""What a save reads: every kind of source, seen as files that can be read by range.
+
+A directory, another model in any store, and a state dict (see state_dict.py) all become a
+`SourceModel`: a list of `Source` files and what the manifest says of them. A source owns its file
+descriptor or connector until `close()`; `read_into` may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+from rdmaload._core import crc32c
+from rdmaload.connectors.connector import Connector, FileConnector, KeyValueConnector
+from rdmaload.connectors.local import LocalConnector
+from rdmaload.errors import (
+    FormatError,
+    IntegrityError,
+    LayoutMismatchError,
+    NotFoundError,
+    RdmaloadError,
+    StaleGenerationError,
+)
+from rdmaload.index import Index, IndexFile, chunk_key, index_key, index_of_files
+from rdmaload.manifest import Manifest, manifest_key
+from rdmaload.options import Options
+
+__all__ = [
+    "BytesSource",
+    "Source",
+    "SourceModel",
+    "directory_model",
+    "rank_of_path",
+    "read_index",
+    "read_manifest",
+    "stored_model",
+]
+
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+# The names that engines give to the files of one rank of a sharded model.
+_RANK_FILE = re.compile(r"model-rank-(\d{1,9})-part-\d+\.safetensors")
+
+
+class Source(ABC):
+    """One file to save: `path`, `size` in bytes, the raw safetensors `header` (None for other
+    files), the `rank` that it belongs to and its `tied` names {alias: name}."""
+
+    def __init__(
+        self,
+        path: str,
+        size: int,
+        *,
+        header: bytes | None = None,
+        rank: int | None = None,
+        tied: Mapping[str, str] = _NOTHING,
+    ) -> None:
+        self.path = path
+        self.size = size
+        self.header = header
+        self.rank = rank
+        self.tied = tied
+
+    @abstractmethod
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fill `buffer` from `offset`; the count is short only at the end of the file."""
+
+    def fingerprint(self) -> str | None:
+        """What names this content, so that an interrupted save finds it again; None when nothing
+        does, and the file is then always sent anew."""
+        return None
+
+    def check_unchanged(self) -> None:  # noqa: B027 - most sources cannot change
+        """Raise IntegrityError when the content is no longer what it was when the save began."""
+
+    def close(self) -> None:  # noqa: B027 - most sources hold nothing
+        """Give the file descriptor back; a later read opens it again."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r}, {self.size} bytes)"
+
+
+class BytesSource(Source):
+    """A small file that exists only in memory."""
+
+    def __init__(self, path: str, data: bytes, *, rank: int | None = None) -> None:
+        super().__init__(path, len(data), rank=rank)
+        self._data = memoryview(data)
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        part = self._data[offset : offset + len(buffer)]
+        buffer[: len(part)] = part
+        return len(part)
+
+
+@dataclass
+class SourceModel:
+    """The files of one model to save and what its manifest will say of them."""
+
+    files: list[Source]
+    kind: str = "checkpoint"
+    world_size: int = 1
+    layout: Mapping[str, int] = field(default_factory=dict)
+    identity: Mapping[str, str] = field(default_factory=dict)
+    # The size of the chunks that the source is stored in: copying in the same size reads each once.
+    chunk_bytes: int | None = None
+    # Names the exact content, where the source can; None for what cannot be recognised again.
+    content_id: str | None = None
+    on_close: Callable[[], None] | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def check_unchanged(self) -> None:
+        for file in self.files:
+            file.check_unchanged()
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+        if self.on_close is not None:
+            self.on_close()
+
+
+def rank_of_path(path: str) -> int | None:
+    """The rank in a name such as `model-rank-3-part-0.safetensors`, else None."""
+    match = _RANK_FILE.fullmatch(path)
+    return int(match[1]) if match else None
+
+
+# ---- a local directory -------------------------------------------------------------------------
+
+
+class _DirectoryFile(Source):
+    """A file of a local directory, read by pread from one descriptor that all threads share."""
+
+    def __init__(self, location: str, file: IndexFile, rank: int | None, fingerprint: str) -> None:
+        super().__init__(file.path, file.size, header=file.header, rank=rank, tied=file.tied)
+        self._location = location
+        self._fingerprint = fingerprint
+        self._descriptor = -1  # Guarded by _lock; closed only when no read is under way.
+        self._lock = threading.Lock()
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        descriptor = self._open()
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+            if count == 0:
+                break
+            done += count
+        return done
+
+    def _open(self) -> int:
+        with self._lock:
+            if self._descriptor < 0:
+                try:
+                    self._descriptor = os.open(self._location, os.O_RDONLY | os.O_CLOEXEC)
+                except FileNotFoundError as err:
+                    raise self._changed("is gone") from err
+                if _fingerprint(os.fstat(self._descriptor)) != self._fingerprint:
+                    raise self._changed("changed")
+            return self._descriptor
+
+    def fingerprint(self) -> str | None:
+        return self._fingerprint
+
+    def check_unchanged(self) -> None:
+        # The name and the open file: a replaced file keeps its old content under our descriptor.
+        try:
+            now = _fingerprint(os.stat(self._location))
+        except FileNotFoundError as err:
+            raise self._changed("is gone") from err
+        if now != self._fingerprint:
+            raise self._changed("changed")
+
+    def _changed(self, what: str) -> IntegrityError:
+        return IntegrityError(
+            f"{self._location} {what} while it was being saved; nothing was published. "
+            "Save again when the directory is complete.",
+            url=self._location,
+        )
+
+    def close(self) -> None:
+        with self._lock:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
+
+
+def _fingerprint(status: os.stat_result) -> str:
+    """What changes whenever a file is written, replaced or moved into place."""
+    return (
+        f"{status.st_dev}:{status.st_ino}:{status.st_size}:"
+        f"{status.st_mtime_ns}:{status.st_ctime_ns}"
+    )
+
+
+def directory_model(
+    connector: LocalConnector, root: Path, *, rank: int | None, world_size: int | None
+) -> SourceModel:
+    """The files below `root`. With a rank, files that are named after another rank are left out,
+    so that the ranks of one sharded model may share a directory."""
+    fingerprints = {
+        info.path: _fingerprint(os.stat(root / info.path)) for info in connector.list_files()
+    }
+    index = index_of_files(connector)
+    files: list[Source] = []
+    for file in index.files:
+        named = rank_of_path(file.path)
+        if rank is not None and named is not None and named != rank:
+            continue
+        fingerprint = fingerprints.get(file.path)
+        if fingerprint is None:
+            raise IntegrityError(
+                f"{root} changed while its files were listed ({file.path} is new); save again.",
+                url=str(root),
+            )
+        owner = rank if rank is not None and file.header is not None else file.rank
+        files.append(_DirectoryFile(str(root / file.path), file, owner, fingerprint))
+    if not files:
+        raise NotFoundError(f"{root} holds no files to save.", url=str(root))
+    digest = hashlib.sha256(_host_id())
+    for source in files:
+        digest.update(f"{source.path}\0{source.fingerprint()}\0".encode())
+    kind, size = _kind_of(files, str(root)) if rank is None else ("sharded", world_size or 1)
+    return SourceModel(files, kind, size, content_id=digest.hexdigest())
+
+
+def _kind_of(files: list[Source], url: str) -> tuple[str, int]:
+    """Kind and world size by the names of the weight files: all of them are shards, or none is."""
+    ranks = {file.rank for file in files if file.rank is not None}
+    if not ranks:
+        return "checkpoint", 1
+    missing = sorted(set(range(len(ranks))) - ranks)
+    if missing:
+        raise LayoutMismatchError(
+            f"{url} holds shards of ranks {sorted(ranks)[:8]} but none of rank {missing[0]}: "
+            "save each rank with rank= and world_size=, or complete the directory.",
+            url=url,
+        )
+    return "sharded", len(ranks)
+
+
+def _host_id() -> bytes:
+    """Names this machine: device and inode numbers mean nothing on another one."""
+    try:
+        return Path("/etc/machine-id").read_bytes().strip() or os.uname().nodename.encode()
+    except OSError:
+        return os.uname().nodename.encode()
+
+
+# ---- a model in another store ------------------------------------------------------------------
+
+
+def stored_model(connector: Connector, options: Options) -> SourceModel:
+    """A model in any store. From a key-value store the generation is pinned and every chunk is
+    verified against the source's index; from a file store the files are copied as they are."""
+    if isinstance(connector, KeyValueConnector):
+        return _key_value_model(connector, options)
+    if isinstance(connector, FileConnector):
+        index = index_of_files(connector)
+        tags = {info.path: info.etag for info in connector.list_files()}
+        files: list[Source] = [
+            _StoredFile(connector, file, tags.get(file.path)) for file in index.files
+        ]
+        kind, world_size = _kind_of(files, connector.url)
+        return SourceModel(files, kind, world_size)
+    raise TypeError(f"{connector!r} is neither a key-value nor a file connector")
+
+
+class _StoredFile(Source):
+    """A file of any FileConnector."""
+
+    def __init__(self, connector: FileConnector, file: IndexFile, etag: str | None) -> None:
+        super().__init__(file.path, file.size, header=file.header, rank=file.rank, tied=file.tied)
+        self._connector = connector
+        self._etag = etag
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        return self._connector.read_into(self.path, offset, buffer)
+
+    def fingerprint(self) -> str | None:
+        return self._etag or None
+
+
+class _Scratch(threading.local):
+    """The source chunk that a thread read last, for copies into chunks of another size."""
+
+    key: str | None = None
+    buffer: bytearray = bytearray()
+
+
+class _KeyValueFile(Source):
+    """A file of a key-value model, read by chunks, each verified against the index."""
+
+    def __init__(self, model: _PinnedModel, file: IndexFile) -> None:
+        super().__init__(file.path, file.size, header=file.header, rank=file.rank, tied=file.tied)
+        self._model = model
+        self._number = file.number
+        self._first_chunk = file.first_chunk
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        chunk_bytes = self._model.chunk_bytes
+        total = max(0, min(len(buffer), self.size - offset))
+        done = 0
+        while done < total:
+            chunk, skip = divmod(offset + done, chunk_bytes)
+            length = min(chunk_bytes, self.size - chunk * chunk_bytes)
+            part = min(length - skip, total - done)
+            if part == length:
+                self._model.read(self._number, chunk, self._first_chunk, buffer[done : done + part])
+            else:
+                held = self._held(chunk, length)
+                buffer[done : done + part] = held[skip : skip + part]
+            done += part
+        return total
+
+    def _held(self, chunk: int, length: int) -> memoryview:
+        scratch = self._model.scratch
+        key = self._model.key(self._number, chunk)
+        if len(scratch.buffer) < length:
+            scratch.buffer = bytearray(self._model.chunk_bytes)
+            scratch.key = None
+        view = memoryview(scratch.buffer)[:length]
+        if scratch.key != key:
+            scratch.key = None
+            self._model.read(self._number, chunk, self._first_chunk, view)
+            scratch.key = key
+        return view
+
+    def fingerprint(self) -> str | None:
+        return f"{self._model.generation}:{self._number}"
+
+
+class _PinnedModel:
+    """One generation of a key-value model."""
+
+    def __init__(
+        self, connector: KeyValueConnector, generation: str, index: Index, attempts: int
+    ) -> None:
+        if index.chunk_bytes is None:
+            raise FormatError("the index names no chunk size", url=connector.url)
+        self.connector = connector
+        self.generation = generation
+        self.chunk_bytes = index.chunk_bytes
+        self.scratch = _Scratch()
+        self._crcs = memoryview(index.crcs)
+        self._attempts = attempts
+
+    def key(self, number: int, chunk: int) -> str:
+        return chunk_key(self.connector.model, self.generation, number, chunk)
+
+    def read(self, number: int, chunk: int, first_chunk: int, buffer: memoryview) -> None:
+        """Fill `buffer` with a whole chunk; bytes that arrive wrong are asked for again."""
+        key = self.key(number, chunk)
+        at = 4 * (first_chunk + chunk)
+        expected = int.from_bytes(self._crcs[at : at + 4], "little")
+        for _ in range(max(1, self._attempts)):
+            try:
+                count = self.connector.get_into(key, buffer)
+            except NotFoundError as err:
+                raise self._missing(key) from err
+            if count == len(buffer) and crc32c(buffer) == expected:
+                return
+        raise IntegrityError(
+            f"{key} on {self.connector.url} does not match its checksum after "
+            f"{max(1, self._attempts)} reads; nothing was published. Save the source anew.",
+            url=self.connector.url,
+            key=key,
+        )
+
+    def _missing(self, key: str) -> RdmaloadError:
+        url = self.connector.url
+        now = read_manifest(self.connector)
+        if now is None or now.generation != self.generation:
+            return StaleGenerationError(
+                f"{key} on {url} is gone: the model was replaced or removed while it was copied; "
+                "copy again.",
+                url=url,
+                key=key,
+            )
+        return NotFoundError(
+            f"{key} on {url} is gone although the model is still published: the store evicted it "
+            "(see its maxmemory policy). Save the source model again.",
+            url=url,
+            key=key,
+        )
+
+
+def read_manifest(connector: KeyValueConnector) -> Manifest | None:
+    """The published manifest of the connector's model, or None."""
+    key = manifest_key(connector.model)
+    value = connector.get(key)
+    return None if value is None else Manifest.decode(value, url=connector.url, key=key)
+
+
+def read_index(connector: KeyValueConnector, manifest: Manifest) -> Index:
+    """The index that `manifest` names, checked against it."""
+    key = index_key(connector.model, manifest.generation)
+    value = connector.get(key)
+    if value is None:
+        raise NotFoundError(
+            f"{key} on {connector.url} is gone: the generation was pruned or evicted.",
+            url=connector.url,
+            key=key,
+        )
+    manifest.check_index(value, url=connector.url, key=key)
+    return Index.decode(value)
+
+
+def _key_value_model(connector: KeyValueConnector, options: Options) -> SourceModel:
+    url = connector.url
+    key = manifest_key(connector.model)
+    value = connector.get(key)
+    if value is None:
+        raise NotFoundError(f"there is no model at {url} (no key {key}).", url=url, key=key)
+    pinned = options.manifest_sha256
+    if pinned is not None and Manifest.sha256(value) != pinned:
+        raise IntegrityError(f"{key} on {url} is not the pinned manifest.", url=url, key=key)
+    manifest = Manifest.decode(value, url=url, key=key)
+    if options.generation is not None and options.generation != manifest.generation:
+        raise StaleGenerationError(
+            f"{url} holds generation {manifest.generation}, not the pinned {options.generation}.",
+            url=url,
+            key=key,
+        )
+    index = read_index(connector, manifest)
+    model = _PinnedModel(connector, manifest.generation, index, options.max_integrity_attempts)
+    return SourceModel(
+        [_KeyValueFile(model, file) for file in index.files],
+        kind=manifest.kind,
+        world_size=manifest.world_size,
+        layout=manifest.layout,
+        identity=manifest.identity,
+        chunk_bytes=index.chunk_bytes,
+    )

@@ -1,0 +1,129 @@
+"""Tensors between the native loader and torch: the dtype table, and DLPack in both directions.
+
+A tensor that leaves here is its own storage with its own share of the arena it lies in: nothing ties it to its
+neighbours but that memory goes back to the system when the last of them is dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from rdmaload import _core
+from rdmaload.errors import DeviceError, FormatError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["TensorSpec", "export_tensor", "import_target", "torch_dtype"]
+
+# safetensors name: DLPack type code and bits, for the types that DLPack has had from the start.
+_DLPACK = {
+    "BOOL": (6, 8),
+    "U8": (1, 8),
+    "I8": (0, 8),
+    "I16": (0, 16),
+    "I32": (0, 32),
+    "I64": (0, 64),
+    "F16": (2, 16),
+    "F32": (2, 32),
+    "F64": (2, 64),
+    "BF16": (4, 16),
+    "C64": (5, 64),
+}
+# The others by torch's name, where this torch has it.
+_BY_NAME = {
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F4": "float4_e2m1fn_x2",
+}
+_UINT8 = _DLPACK["U8"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a header says of a tensor."""
+
+    name: str
+    dtype: str
+    """The safetensors name, such as "BF16"."""
+    shape: tuple[int, ...]
+    file: str
+    nbytes: int
+
+
+@lru_cache(maxsize=1)
+def _torch_dtypes() -> dict[str, torch.dtype]:
+    import torch
+
+    table = {
+        "BOOL": torch.bool,
+        "U8": torch.uint8,
+        "I8": torch.int8,
+        "I16": torch.int16,
+        "I32": torch.int32,
+        "I64": torch.int64,
+        "F16": torch.float16,
+        "F32": torch.float32,
+        "F64": torch.float64,
+        "BF16": torch.bfloat16,
+        "C64": torch.complex64,
+    }
+    for name, attribute in _BY_NAME.items():
+        if hasattr(torch, attribute):
+            table[name] = getattr(torch, attribute)
+    return table
+
+
+def torch_dtype(spec: TensorSpec) -> tuple[torch.dtype, tuple[int, ...]]:
+    """The torch dtype and shape that a stored tensor gets.
+
+    F4 packs two elements into a byte, and so does torch's float4_e2m1fn_x2: the last dimension is halved. A type that
+    this torch lacks (F6_E2M3, F6_E3M2; F4 with an odd last dimension) comes as its raw bytes: uint8, one dimension.
+    """
+    dtype = _torch_dtypes().get(spec.dtype)
+    if dtype is None or (spec.dtype == "F4" and (not spec.shape or spec.shape[-1] % 2)):
+        return _torch_dtypes()["U8"], (spec.nbytes,)
+    if spec.dtype == "F4":
+        return dtype, (*spec.shape[:-1], spec.shape[-1] // 2)
+    return dtype, spec.shape
+
+
+def export_tensor(spec: TensorSpec, arena: _core.HostArena | None, offset: int) -> torch.Tensor:
+    """The tensor at `offset` (bytes) of `arena`, which it shares the ownership of; without one, an empty tensor."""
+    import torch
+    from torch.utils.dlpack import from_dlpack
+
+    if arena is None or spec.nbytes == 0:
+        dtype, shape = torch_dtype(spec)
+        return torch.empty(shape, dtype=dtype)
+    direct = _DLPACK.get(spec.dtype)
+    if direct is not None:
+        tensor: torch.Tensor = from_dlpack(arena.tensor(offset, *direct, spec.shape))
+        return tensor
+    dtype, shape = torch_dtype(spec)
+    raw = from_dlpack(arena.tensor(offset, *_UINT8, (spec.nbytes,)))
+    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    # set_ instead of view: a tensor of its own, not a view that remembers another one.
+    return torch.empty(0, dtype=dtype).set_(raw.untyped_storage(), 0, shape, strides)
+
+
+def import_target(name: str, target: torch.Tensor, nbytes: int) -> _core.ImportedTensor:
+    """An existing contiguous host tensor as a destination; keeps it alive until the load is done."""
+    import torch
+    from torch.utils.dlpack import to_dlpack
+
+    if target.device.type != "cpu":
+        raise DeviceError(f"the target of {name} is on {target.device}, not in host memory")
+    flat = target.detach().reshape(-1).view(torch.uint8)
+    if flat.numel() != nbytes or flat.data_ptr() != target.data_ptr():
+        raise FormatError(f"the target of {name} has {flat.numel()} bytes, the stored tensor {nbytes}")
+    return _core.ImportedTensor(to_dlpack(flat))

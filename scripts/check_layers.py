@@ -1,0 +1,83 @@
+"""Checks that each layer includes (C++) or imports (Python) only itself and the layers to its left."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Each C++ layer with those it may include; `server` stands beside `loader`.
+CPP_ORDER = ["core", "memory", "device", "transport", "loader", "bindings"]
+CPP_ALLOWED = {layer: set(CPP_ORDER[: i + 1]) for i, layer in enumerate(CPP_ORDER)}
+CPP_ALLOWED["server"] = {"core", "memory", "device", "transport", "server"}
+
+# Headers of third parties that only one layer may see.
+CPP_ONLY_IN = {
+    re.compile(r"pybind11/|Python\.h"): {"bindings"},
+    re.compile(r"infiniband/|rdma/|openssl/|curl/"): {"transport", "server"},
+    re.compile(r"cuda"): {"device"},
+}
+
+# Python modules by layer, left to right; what is not listed is a plain value that everybody may use.
+PYTHON_ORDER = [
+    {"_core"},
+    {"errors", "stats"},
+    {"urls", "options", "weights", "manifest", "index"},
+    {"connectors"},
+    {"tensors", "host_memory", "threads", "reader", "targets", "pull", "sources", "state_dict", "journal", "upload",
+     "publish", "files_save", "_save", "_prune", "model"},
+    {"integrations", "cli"},
+]  # fmt: skip
+
+_INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
+_IMPORT = re.compile(r"^(\s*)(?:from rdmaload\.(\w+)[\w.]* import|from rdmaload import (\w+)|import rdmaload\.(\w+))", re.M)
+
+
+def check_cpp(csrc: Path) -> list[str]:
+    """Violations among the C++ files below `csrc`."""
+    problems = []
+    for path in sorted(csrc.rglob("*")):
+        if path.suffix not in (".h", ".cpp", ".cu"):
+            continue
+        layer = path.relative_to(csrc).parts[0]
+        for quote, included in _INCLUDE.findall(path.read_text()):
+            target = included.split("/")[0]
+            if quote == '"' and target not in CPP_ALLOWED.get(layer, set()):
+                problems.append(f"{path}: layer {layer} must not include {included}")
+            for pattern, layers in CPP_ONLY_IN.items():
+                if quote == "<" and pattern.match(included) and layer not in layers:
+                    problems.append(f"{path}: <{included}> belongs to {', '.join(sorted(layers))}")
+    return problems
+
+
+def check_python(package: Path) -> list[str]:
+    """Violations among the modules of the package; imports inside functions count only when they point to the right."""
+    rank = {module: i for i, modules in enumerate(PYTHON_ORDER) for module in modules}
+    problems = []
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).parts
+        module = parts[0].removesuffix(".py")
+        if module.startswith("__"):
+            continue
+        if module not in rank:
+            problems.append(f"{path}: module {module} is in no layer (scripts/check_layers.py)")
+            continue
+        for indent, *names in _IMPORT.findall(path.read_text()):
+            target = next((name for name in names if name), "")
+            lazy = bool(indent)
+            if target in rank and rank[target] > rank[module] and not lazy:
+                problems.append(f"{path}: layer of {module} must not import {target}")
+    return problems
+
+
+def main() -> int:
+    problems = check_cpp(ROOT / "csrc") + check_python(ROOT / "python" / "rdmaload")
+    for problem in problems:
+        print(problem)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

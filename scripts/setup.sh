@@ -1,0 +1,31 @@
+# Sourced by scripts/test, demo and lint: brings a bare Debian or Ubuntu machine to where the project builds and runs.
+# System packages come with apt (sudo where needed) when missing; everything else goes into .venv. Safe to run again.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+missing_packages() {
+  command -v g++ >/dev/null || echo g++
+  command -v make >/dev/null || echo make
+  command -v redis-server >/dev/null || echo redis-server
+  [ -e /usr/include/doctest/doctest.h ] || echo doctest-dev
+  command -v python3 >/dev/null || echo python3
+  python3 -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
+  python3 -c 'import os, sysconfig; assert os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))' \
+    2>/dev/null || echo python3-dev
+}
+
+packages=$(missing_packages | tr '\n' ' ')
+if [ -n "$packages" ]; then
+  echo "installing system packages: $packages"
+  sudo=$([ "$(id -u)" = 0 ] || echo sudo)
+  $sudo apt-get update -qq
+  # policy-rc.d: the redis-server package would start a service that nobody asked for.
+  $sudo env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends $packages >/dev/null
+fi
+
+if [ ! -x .venv/bin/python ]; then
+  python3 -m venv .venv
+fi
+. .venv/bin/activate
+# Editable: the Python files are used in place, the extension is rebuilt here when its sources have changed.
+python -m pip install -q --disable-pip-version-check -e '.[dev]'

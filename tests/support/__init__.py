@@ -1,0 +1,1 @@
+"""What several tests need: real servers, a fault proxy, a scripted server, checkpoints."""
