@@ -88,6 +88,7 @@ def main() -> None:
             else:
                 import rdmaload
 
+                paired.import_everything()
                 own = paired.Way(
                     f"{cache}, rdmaload",
                     lambda: rdmaload.load(directory, **options),

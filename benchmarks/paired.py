@@ -13,8 +13,10 @@ import argparse
 import contextlib
 import ctypes
 import gc
+import importlib
 import json
 import os
+import pkgutil
 import resource
 import select
 import signal
@@ -40,6 +42,7 @@ __all__ = [
     "bootstrap_interval",
     "compare",
     "congestion",
+    "import_everything",
     "in_child",
     "measure",
     "peak_bytes",
@@ -183,6 +186,21 @@ def in_child(
     if "failure" in answer:
         raise TrialFailed(str(answer["failure"]))
     return cast("dict[str, object]", answer["answer"])
+
+
+def import_everything() -> None:
+    """Import what a load may import lazily, so that no run pays for it in time or memory."""
+    import redis  # noqa: F401
+    import torch
+
+    import rdmaload
+
+    torch.zeros(1).clone()
+    for name in rdmaload.__all__:
+        getattr(rdmaload, name)
+    for found in pkgutil.walk_packages(rdmaload.__path__, "rdmaload."):
+        if found.name.split(".")[1] not in ("__main__", "cli", "integrations"):
+            importlib.import_module(found.name)
 
 
 def _own_cpu_seconds() -> float:

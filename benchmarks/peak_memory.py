@@ -9,27 +9,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
-import pkgutil
 import tempfile
 from pathlib import Path
 from typing import cast
 
 from benchmarks import checkpoints, paired
 from tests.support.servers import RedisServer
-
-
-def import_everything() -> None:
-    """Import what a load may import lazily: modules are no part of a load's memory."""
-    import redis  # noqa: F401
-    import torch
-
-    import rdmaload
-
-    torch.zeros(1).clone()
-    for found in pkgutil.walk_packages(rdmaload.__path__, "rdmaload."):
-        if ".cli" not in found.name and ".integrations" not in found.name:
-            importlib.import_module(found.name)
 
 
 def resident_bytes() -> int:
@@ -43,7 +28,7 @@ def peak_of(url: str) -> dict[str, object]:
     """Load `url` and say what it took. For a child of its own."""
     import rdmaload
 
-    import_everything()
+    paired.import_everything()
     Path("/proc/self/clear_refs").write_text(
         "5"
     )  # the high-water mark becomes what is resident now

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import paired
-from benchmarks.peak_memory import import_everything, resident_bytes
+from benchmarks.peak_memory import resident_bytes
 
 URL = "memory://planning/model"
 GENERATION = "0123456789abcdef" * 2
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    import_everything()
+    paired.import_everything()
     index = simulated_index(arguments.bytes, arguments.files, arguments.tensors)
     encoded = index.encode()
     publish(index)

@@ -1,11 +1,12 @@
-// The raw ceiling of reading chunks from Redis: pipelined GETs, received at their exact places in fresh memory with
-// huge pages, without checksums, retries or time-outs. Lengths are known beforehand, so that one readv takes what the
-// socket has of several replies. Prints one line of JSON; any unexpected byte ends the program.
+// The raw ceiling of reading chunks from Redis: pipelined GETs, received at their exact places in fresh
+// memory with huge pages, without checksums, retries or time-outs. Lengths are known beforehand, so that one
+// readv takes what the socket has of several replies. Prints one line of JSON; any unexpected byte ends the
+// program.
 //
 //   redis_ceiling HOST PORT KEYS CONNECTIONS BYTES_IN_FLIGHT [DUMP]
 //
-// KEYS has a line "key length" per chunk, in the order of their places. BYTES_IN_FLIGHT is over all connections. DUMP is
-// written after the clock has stopped. One thread per connection.
+// KEYS has a line "key length" per chunk, in the order of their places. BYTES_IN_FLIGHT is over all
+// connections. DUMP is written after the clock has stopped. One thread per connection.
 
 #include <netdb.h>
 #include <netinet/in.h>
@@ -70,7 +71,8 @@ struct Piece {
 
 class Connection {
  public:
-  Connection(int fd, const std::vector<Chunk>& chunks, std::atomic<size_t>& next, char* arena, size_t limit_bytes)
+  Connection(int fd, const std::vector<Chunk>& chunks, std::atomic<size_t>& next, char* arena,
+             size_t limit_bytes)
       : fd_(fd), chunks_(chunks), next_(next), arena_(arena), limit_bytes_(limit_bytes) {}
 
   void run() {
@@ -91,7 +93,9 @@ class Connection {
  private:
   static constexpr int kParts = 8;  // the rest of one reply and two more
 
-  char* place_of(Piece& piece) { return piece.kind == Piece::kPayload ? arena_ + piece.chunk->place : piece.framing; }
+  char* place_of(Piece& piece) {
+    return piece.kind == Piece::kPayload ? arena_ + piece.chunk->place : piece.framing;
+  }
 
   void take(size_t received) {
     while (received > 0) {
@@ -172,7 +176,8 @@ int main(int argc, char** argv) {
 
   const auto start = std::chrono::steady_clock::now();
   const double cpu_start = cpu_seconds();
-  void* mapped = mmap(nullptr, total + kHugePageBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* mapped =
+      mmap(nullptr, total + kHugePageBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) die("mmap");
   madvise(mapped, total + kHugePageBytes, MADV_HUGEPAGE);
   char* arena = static_cast<char*>(mapped);

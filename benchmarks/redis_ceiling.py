@@ -91,10 +91,9 @@ def main() -> None:
     parser.add_argument("--bytes-in-flight", type=int, default=16 << 20)
     parser.add_argument("--chunk-bytes", type=int, help="of the saved model; default: rdmaload's")
     arguments = parser.parse_args()
-    import torch  # noqa: F401  (imported here, so that no run pays for it)
-
     import rdmaload
 
+    paired.import_everything()
     with (
         tempfile.TemporaryDirectory(dir=arguments.dir) as name,
         paired.congestion(arguments),

@@ -64,6 +64,7 @@ def main() -> None:
         else:
             import rdmaload
 
+            paired.import_everything()
             url = our_server.url("model")
             rdmaload.save(checkpoint.directory, url)
             own = paired.Way(

@@ -41,10 +41,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--dir", type=Path)
     arguments = parser.parse_args()
-    import torch  # noqa: F401  (imported here, so that no run pays for it)
-
     import rdmaload
 
+    paired.import_everything()
     usable = []
     for name in arguments.congestion_controls:
         with machine.server_congestion_control(name) as in_force:
@@ -116,7 +115,7 @@ def main() -> None:
         own_speed = row["rdmaload"]
         cells.append(
             [
-                row["chunk_bytes"] / 1024,
+                f"{row['chunk_bytes'] / 1024:g}",
                 row["connections"],
                 row["bytes_in_flight"] / 2**20,
                 row["congestion_control"],

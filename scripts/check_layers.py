@@ -26,8 +26,8 @@ PYTHON_ORDER = [
     {"errors", "stats"},
     {"urls", "options", "weights", "manifest", "index"},
     {"connectors"},
-    {"tensors", "host_memory", "threads", "reader", "targets", "pull", "sources", "state_dict", "journal", "upload",
-     "publish", "files_save", "_save", "_prune", "model"},
+    {"tensors", "host_memory", "threads", "generations", "reader", "report", "selection", "targets", "pull", "sources", "state_dict", "journal", "upload",
+     "publish", "files_save", "_save", "_prune", "model", "loading"},
     {"integrations", "cli"},
 ]  # fmt: skip
 

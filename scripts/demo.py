@@ -82,6 +82,8 @@ def files_differing(original: Path, copy: Path) -> list[str]:
 
 
 def run(total_bytes: float, directory: Path, steps: Steps) -> None:
+    import torch  # noqa: F401  (imported here, so that no step's time contains it)
+
     import rdmaload
     from rdmaload.stats import LoadStats
 
@@ -121,6 +123,7 @@ def run(total_bytes: float, directory: Path, steps: Steps) -> None:
             stats = LoadStats()
             state = rdmaload.load(checkpoint.directory, stats=stats)
             step.bytes, step.seconds, step.path = stats.bytes, stats.seconds, stats.path
+            step.verified = "files have no checksums"
         with steps.step("compare with the files") as step:
             step.bytes = checkpoints.compare(state, checkpoint.directory)
             step.verified = "every byte of every tensor is equal"

@@ -50,8 +50,8 @@ py::capsule export_tensor(std::shared_ptr<HostArena> arena, uint64_t offset, DlD
   auto exported = std::make_unique<Exported>();
   exported->shape = std::move(shape);
   exported->managed = DlManagedTensor{
-      DlTensor{arena->data() + offset, DlDevice{kDeviceCpu, 0}, static_cast<int32_t>(exported->shape.size()), dtype,
-               exported->shape.data(), nullptr, 0},
+      DlTensor{arena->data() + offset, DlDevice{kDeviceCpu, 0}, static_cast<int32_t>(exported->shape.size()),
+               dtype, exported->shape.data(), nullptr, 0},
       exported.get(), [](DlManagedTensor* managed) { delete static_cast<Exported*>(managed->manager_ctx); }};
   const uint64_t bytes = byte_count(exported->managed.dl_tensor);
   if (offset > arena->size() || bytes > arena->size() - offset) {

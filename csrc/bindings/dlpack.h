@@ -1,4 +1,5 @@
-// The DLPack structures (version 0.8 of its stable C interface) and their capsules: how tensors cross to torch and back.
+// The DLPack structures (version 0.8 of its stable C interface) and their capsules: how tensors cross to
+// torch and back.
 //
 // Layout and names of the fields are the standard's; see https://dmlc.github.io/dlpack/latest/c_api.html.
 #pragma once
@@ -41,7 +42,8 @@ struct DlManagedTensor {
   void (*deleter)(DlManagedTensor*);
 };
 
-// A capsule for a tensor inside the arena, of which it keeps a share. Throws kInvalid when it would not lie inside.
+// A capsule for a tensor inside the arena, of which it keeps a share. Throws kInvalid when it would not lie
+// inside.
 pybind11::capsule export_tensor(std::shared_ptr<HostArena> arena, uint64_t offset, DlDataType dtype,
                                 std::vector<int64_t> shape);
 

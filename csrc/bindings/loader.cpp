@@ -33,8 +33,8 @@ class LoadOperation {
         regions.push_back({tensor->memory(), tensor});
       }
     }
-    load_ = std::make_unique<Load>(std::move(transport), std::move(layout), std::move(plan), std::move(regions),
-                                   options);
+    load_ = std::make_unique<Load>(std::move(transport), std::move(layout), std::move(plan),
+                                   std::move(regions), options);
   }
   ~LoadOperation() {
     py::gil_scoped_release release;
@@ -60,11 +60,13 @@ std::vector<uint32_t> crcs_from_bytes(const py::buffer& buffer) {
   return crcs;
 }
 
-std::shared_ptr<StoreLayout> make_layout(const std::vector<std::tuple<std::string, uint64_t, uint64_t>>& files,
-                                         uint64_t chunk_bytes, bool object_per_chunk, const py::buffer& crcs) {
+std::shared_ptr<StoreLayout> make_layout(
+    const std::vector<std::tuple<std::string, uint64_t, uint64_t>>& files, uint64_t chunk_bytes,
+    bool object_per_chunk, const py::buffer& crcs) {
   auto layout = std::make_shared<StoreLayout>();
   layout->files.reserve(files.size());
-  for (const auto& [object, bytes, first_chunk] : files) layout->files.push_back({object, bytes, first_chunk});
+  for (const auto& [object, bytes, first_chunk] : files)
+    layout->files.push_back({object, bytes, first_chunk});
   layout->chunk_bytes = chunk_bytes;
   layout->object_per_chunk = object_per_chunk;
   layout->crcs = crcs_from_bytes(crcs);
@@ -76,7 +78,8 @@ py::tuple describe(const IndexedTensor& tensor) {
   const TensorInfo& info = tensor.info;
   py::tuple shape(info.shape.size());
   for (size_t i = 0; i < info.shape.size(); ++i) shape[i] = info.shape[i];
-  return py::make_tuple(info.name, dtype_name(info.dtype), std::move(shape), tensor.file, info.end - info.begin);
+  return py::make_tuple(info.name, dtype_name(info.dtype), std::move(shape), tensor.file,
+                        info.end - info.begin);
 }
 
 }  // namespace
@@ -86,7 +89,8 @@ void register_loader(py::module_& module) {
       .def(py::init<>())
       .def(
           "add_file",
-          [](TensorIndex& self, uint32_t file, const std::string& path, uint64_t file_bytes, const py::buffer& header) {
+          [](TensorIndex& self, uint32_t file, const std::string& path, uint64_t file_bytes,
+             const py::buffer& header) {
             const py::buffer_info info = header.request();
             const std::string_view text(static_cast<const char*>(info.ptr),
                                         static_cast<size_t>(info.size * info.itemsize));
@@ -94,7 +98,8 @@ void register_loader(py::module_& module) {
             self.add_file(file, path, file_bytes, text);
           },
           py::arg("file"), py::arg("path"), py::arg("file_bytes"), py::arg("header"))
-      .def("add_blocks", &TensorIndex::add_blocks, py::arg("file"), py::arg("file_bytes"), py::arg("block_bytes"))
+      .def("add_blocks", &TensorIndex::add_blocks, py::arg("file"), py::arg("file_bytes"),
+           py::arg("block_bytes"))
       .def("__len__", [](const TensorIndex& self) { return self.tensors().size(); })
       .def("tensors", [](const TensorIndex& self) {
         py::list list(self.tensors().size());
@@ -107,13 +112,15 @@ void register_loader(py::module_& module) {
            py::arg("crcs"));
 
   py::class_<PlanLimits>(module, "PlanLimits")
-      .def(py::init([](bool whole_chunks, uint64_t read_bytes, uint64_t coalesce_gap, uint64_t max_arena_bytes,
-                       uint64_t alignment) {
+      .def(py::init([](bool whole_chunks, uint64_t read_bytes, uint64_t coalesce_gap,
+                       uint64_t max_arena_bytes, uint64_t alignment) {
              return PlanLimits{whole_chunks, read_bytes, coalesce_gap, max_arena_bytes, alignment};
            }),
            py::kw_only(), py::arg("whole_chunks") = PlanLimits().whole_chunks,
-           py::arg("read_bytes") = PlanLimits().read_bytes, py::arg("coalesce_gap") = PlanLimits().coalesce_gap,
-           py::arg("max_arena_bytes") = PlanLimits().max_arena_bytes, py::arg("alignment") = PlanLimits().alignment);
+           py::arg("read_bytes") = PlanLimits().read_bytes,
+           py::arg("coalesce_gap") = PlanLimits().coalesce_gap,
+           py::arg("max_arena_bytes") = PlanLimits().max_arena_bytes,
+           py::arg("alignment") = PlanLimits().alignment);
 
   py::class_<LoadPlan, std::shared_ptr<LoadPlan>>(module, "LoadPlan")
       .def_property_readonly("region_bytes", [](const LoadPlan& self) { return self.region_bytes; })
@@ -150,8 +157,9 @@ void register_loader(py::module_& module) {
   using Seconds = std::chrono::duration<double>;
   py::class_<LoadOperation>(module, "LoadOperation")
       .def(py::init([](std::shared_ptr<Transport> transport, std::shared_ptr<StoreLayout> layout,
-                       std::shared_ptr<LoadPlan> plan, const std::vector<Destination>& destinations, bool verify,
-                       int max_integrity_attempts, double retry_timeout, std::optional<double> timeout) {
+                       std::shared_ptr<LoadPlan> plan, const std::vector<Destination>& destinations,
+                       bool verify, int max_integrity_attempts, double retry_timeout,
+                       std::optional<double> timeout) {
              LoadOptions options;
              options.verify = verify;
              options.max_integrity_attempts = max_integrity_attempts;
@@ -163,15 +171,20 @@ void register_loader(py::module_& module) {
            py::arg("transport"), py::arg("layout"), py::arg("plan"), py::arg("destinations"), py::kw_only(),
            py::arg("verify") = true, py::arg("max_integrity_attempts") = 3, py::arg("retry_timeout") = 60.0,
            py::arg("timeout") = py::none())
-      .def("start", [](LoadOperation& self) { self.load().start(); }, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "start", [](LoadOperation& self) { self.load().start(); }, py::call_guard<py::gil_scoped_release>())
       .def("throw_if_failed", [](LoadOperation& self) { self.load().throw_if_failed(); })
       .def_property_readonly("failed_object", [](LoadOperation& self) { return self.load().failed_object(); })
       .def("unfinished_regions", [](LoadOperation& self) { return self.load().unfinished_regions(); })
       .def(
           "wait_for",
-          [](LoadOperation& self, double seconds) { return self.load().wait(Deadline::after(Seconds(seconds))); },
+          [](LoadOperation& self, double seconds) {
+            return self.load().wait(Deadline::after(Seconds(seconds)));
+          },
           py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
-      .def("cancel", [](LoadOperation& self) { self.load().cancel(); }, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "cancel", [](LoadOperation& self) { self.load().cancel(); },
+          py::call_guard<py::gil_scoped_release>())
       .def("counters", [](LoadOperation& self) {
         const LoadCounters counters = self.load().counters();
         py::dict result;

@@ -19,7 +19,8 @@ void register_memory(py::module_& module) {
       .def_property_readonly("nbytes", &HostArena::size)
       .def(
           "tensor",
-          [](std::shared_ptr<HostArena> self, uint64_t offset, uint8_t code, uint8_t bits, std::vector<int64_t> shape) {
+          [](std::shared_ptr<HostArena> self, uint64_t offset, uint8_t code, uint8_t bits,
+             std::vector<int64_t> shape) {
             return export_tensor(std::move(self), offset, DlDataType{code, bits, 1}, std::move(shape));
           },
           py::arg("offset"), py::arg("code"), py::arg("bits"), py::arg("shape"));

@@ -58,7 +58,8 @@ Status PythonTransport::call_reader(Read& read, std::span<std::byte> memory, std
   } catch (const py::error_already_set& error) {
     return status_of_exception(error);
   } catch (const py::cast_error&) {
-    return Status(ErrorCode::kNotSupported, "the connector's read of '" + read.object + "' did not return a length");
+    return Status(ErrorCode::kNotSupported,
+                  "the connector's read of '" + read.object + "' did not return a length");
   }
 }
 

@@ -1,8 +1,9 @@
 // The transport behind connectors that are written in Python: worker threads that call a reader function.
 //
-// reader(object: str, offset: int, buffer) -> int fills `buffer` (a writable buffer of exactly the wanted length) and
-// returns how many bytes the object gave. A read into one place is written there directly; one that is scattered goes
-// through a buffer of the thread and is copied (and counted). Create and destroy it with the GIL held.
+// reader(object: str, offset: int, buffer) -> int fills `buffer` (a writable buffer of exactly the wanted
+// length) and returns how many bytes the object gave. A read into one place is written there directly; one
+// that is scattered goes through a buffer of the thread and is copied (and counted). Create and destroy it
+// with the GIL held.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -29,7 +30,8 @@ class PythonTransport final : public ThreadedTransport {
 // Memory lent to Python for one read; keeps its owner alive should the view be kept against the rules.
 class LentBuffer {
  public:
-  LentBuffer(std::span<std::byte> memory, std::shared_ptr<void> owner) : memory_(memory), owner_(std::move(owner)) {}
+  LentBuffer(std::span<std::byte> memory, std::shared_ptr<void> owner)
+      : memory_(memory), owner_(std::move(owner)) {}
   std::span<std::byte> memory() const { return memory_; }
 
  private:

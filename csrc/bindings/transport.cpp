@@ -27,11 +27,12 @@ std::shared_ptr<T> released_on_delete(T* transport) {
   });
 }
 
-std::shared_ptr<resp::RespTransport> make_resp(std::string host, int port, std::optional<std::string> username,
+std::shared_ptr<resp::RespTransport> make_resp(std::string host, int port,
+                                               std::optional<std::string> username,
                                                std::optional<std::string> password, int db, int protocol,
-                                               int connections,
-                                               uint64_t bytes_in_flight, double connect_timeout,
-                                               double inactivity_timeout, std::string name) {
+                                               int connections, uint64_t bytes_in_flight,
+                                               double connect_timeout, double inactivity_timeout,
+                                               std::string name) {
   using Seconds = std::chrono::duration<double>;
   resp::Endpoint endpoint;
   endpoint.host = std::move(host);
@@ -60,10 +61,11 @@ void register_transport(py::module_& module) {
            py::arg("root"), py::arg("threads"));
 
   py::class_<resp::RespTransport, Transport, std::shared_ptr<resp::RespTransport>>(module, "RespTransport")
-      .def(py::init(&make_resp), py::kw_only(), py::arg("host"), py::arg("port"), py::arg("username") = py::none(),
-           py::arg("password") = py::none(), py::arg("db") = 0, py::arg("protocol") = 2, py::arg("connections") = 2,
-           py::arg("bytes_in_flight") = 16 << 20, py::arg("connect_timeout") = 10.0,
-           py::arg("inactivity_timeout") = 30.0, py::arg("name") = "redis");
+      .def(py::init(&make_resp), py::kw_only(), py::arg("host"), py::arg("port"),
+           py::arg("username") = py::none(), py::arg("password") = py::none(), py::arg("db") = 0,
+           py::arg("protocol") = 2, py::arg("connections") = 2, py::arg("bytes_in_flight") = 16 << 20,
+           py::arg("connect_timeout") = 10.0, py::arg("inactivity_timeout") = 30.0,
+           py::arg("name") = "redis");
 
   py::class_<PythonTransport, Transport, std::shared_ptr<PythonTransport>>(module, "PythonTransport")
       .def(py::init([](py::function reader, int threads) {

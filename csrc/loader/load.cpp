@@ -9,6 +9,10 @@ namespace {
 constexpr std::chrono::milliseconds kFirstBackoff{20};
 constexpr std::chrono::milliseconds kLongestBackoff{2000};
 
+// Loads that share a transport are served in the order in which they were made, so that the first is done
+// first.
+std::atomic<uint64_t> next_sequence{0};
+
 std::string hex(uint32_t value) {
   char text[11];
   std::snprintf(text, sizeof(text), "0x%08x", value);
@@ -24,6 +28,7 @@ Load::Load(std::shared_ptr<Transport> transport, std::shared_ptr<const StoreLayo
       plan_(std::move(plan)),
       regions_(std::move(regions)),
       options_(options),
+      sequence_(next_sequence.fetch_add(1)),
       read_done_(plan_->reads.size()),
       started_(Clock::now()),
       last_progress_(started_),
@@ -108,6 +113,7 @@ void Load::prepare(Slot& slot, const PlannedRead& planned) {
     }
   }
   slot.checksum = options_.verify && planned.crc.has_value();
+  slot.priority = sequence_;
   slot.owner = this;
   slot.planned = &planned;
   slot.attempts = 0;

@@ -87,6 +87,7 @@ class Load final : private ReadOwner {
   const std::shared_ptr<const LoadPlan> plan_;
   const std::vector<Region> regions_;
   const LoadOptions options_;
+  const uint64_t sequence_;
 
   std::atomic<bool> cancelled_{false};
   mutable std::mutex mutex_;

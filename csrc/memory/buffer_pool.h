@@ -1,7 +1,7 @@
 // A bounded set of equal buffers, handed out as leases that return themselves.
 //
-// Buffers are made when first needed and kept for reuse. Any thread may acquire; a lease belongs to one thread at a time.
-// The pool must outlive its leases.
+// Buffers are made when first needed and kept for reuse. Any thread may acquire; a lease belongs to one
+// thread at a time. The pool must outlive its leases.
 #pragma once
 
 #include <condition_variable>

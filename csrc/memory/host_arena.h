@@ -1,8 +1,8 @@
 // A block of host memory that tensors are loaded into and then share the ownership of.
 //
-// Anonymous memory of its own, so that dropping the last owner gives it back to the system. From 2 MiB up it starts at a
-// huge-page boundary and asks for transparent huge pages: first-touch faults of 4 KiB pages cost more than the copy that
-// fills them. Immovable; any thread may use it; tensors hold it through a shared_ptr.
+// Anonymous memory of its own, so that dropping the last owner gives it back to the system. From 2 MiB up it
+// starts at a huge-page boundary and asks for transparent huge pages: first-touch faults of 4 KiB pages cost
+// more than the copy that fills them. Immovable; any thread may use it; tensors hold it through a shared_ptr.
 #pragma once
 
 #include <cstddef>

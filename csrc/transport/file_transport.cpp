@@ -15,7 +15,8 @@
 namespace rdmaload {
 namespace {
 
-// Pieces that are checksummed stay in the second-level cache; others are bounded so that cancelling is prompt.
+// Pieces that are checksummed stay in the second-level cache; others are bounded so that cancelling is
+// prompt.
 constexpr size_t kChecksumPieceBytes = 256 << 10;
 constexpr size_t kPieceBytes = 4 << 20;
 constexpr size_t kScratchBytes = 256 << 10;

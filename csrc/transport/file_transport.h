@@ -1,6 +1,7 @@
 // Local files by parallel buffered pread, straight into the final memory.
 //
-// An object is a path relative to the root directory. A bounded number of descriptors is kept open. Each worker thread reads whole ranges; pieces are checksummed while they are in cache.
+// An object is a path relative to the root directory. A bounded number of descriptors is kept open. Each
+// worker thread reads whole ranges; pieces are checksummed while they are in cache.
 #pragma once
 
 #include <map>

@@ -1,5 +1,5 @@
-// The reference transport: objects are byte strings held in this process. Tests of the read contract compare the others
-// with it.
+// The reference transport: objects are byte strings held in this process. Tests of the read contract compare
+// the others with it.
 #pragma once
 
 #include <map>

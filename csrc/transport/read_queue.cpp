@@ -10,7 +10,7 @@ bool ReadQueue::push(Read& read, Clock::time_point not_before) {
     std::lock_guard lock(mutex_);
     if (stopped_) return false;
     if (not_before <= Clock::now()) {
-      ready_.push_back(&read);
+      ready_[read.priority].push_back(&read);
     } else {
       delayed_.push_back({not_before, &read});
       std::push_heap(delayed_.begin(), delayed_.end(), std::greater<>());
@@ -28,8 +28,10 @@ Read* ReadQueue::pop_ready_locked() {
     return read;
   }
   if (ready_.empty()) return nullptr;
-  Read* read = ready_.front();
-  ready_.pop_front();
+  const auto first = ready_.begin();
+  Read* read = first->second.front();
+  first->second.pop_front();
+  if (first->second.empty()) ready_.erase(first);
   return read;
 }
 
@@ -57,11 +59,14 @@ Read* ReadQueue::pop(Deadline deadline) {
 std::vector<Read*> ReadQueue::remove(const ReadOwner& owner) {
   std::vector<Read*> removed;
   std::lock_guard lock(mutex_);
-  std::erase_if(ready_, [&](Read* read) {
-    if (read->owner != &owner) return false;
-    removed.push_back(read);
-    return true;
-  });
+  for (auto& [priority, reads] : ready_) {
+    std::erase_if(reads, [&](Read* read) {
+      if (read->owner != &owner) return false;
+      removed.push_back(read);
+      return true;
+    });
+  }
+  std::erase_if(ready_, [](const auto& entry) { return entry.second.empty(); });
   std::erase_if(delayed_, [&](const Delayed& delayed) {
     if (delayed.read->owner != &owner) return false;
     removed.push_back(delayed.read);
@@ -76,7 +81,7 @@ std::vector<Read*> ReadQueue::stop() {
   {
     std::lock_guard lock(mutex_);
     stopped_ = true;
-    left.assign(ready_.begin(), ready_.end());
+    for (const auto& [priority, reads] : ready_) left.insert(left.end(), reads.begin(), reads.end());
     for (const Delayed& delayed : delayed_) left.push_back(delayed.read);
     ready_.clear();
     delayed_.clear();

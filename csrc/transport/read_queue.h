@@ -1,10 +1,12 @@
-// Reads that wait for a worker thread: first come, first served, and some not before a given time.
+// Reads that wait for a worker thread: by priority, then first come, first served, and some not before a
+// given time.
 //
 // Any thread may call. Does not own the reads.
 #pragma once
 
 #include <condition_variable>
 #include <deque>
+#include <map>
 #include <mutex>
 #include <vector>
 
@@ -37,9 +39,9 @@ class ReadQueue {
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  std::deque<Read*> ready_;       // Guarded by mutex_.
-  std::vector<Delayed> delayed_;  // Guarded by mutex_. A heap, earliest first.
-  bool stopped_ = false;          // Guarded by mutex_.
+  std::map<uint64_t, std::deque<Read*>> ready_;  // Guarded by mutex_. By priority; no empty queues.
+  std::vector<Delayed> delayed_;                 // Guarded by mutex_. A heap, earliest first.
+  bool stopped_ = false;                         // Guarded by mutex_.
 };
 
 }  // namespace rdmaload

@@ -26,8 +26,9 @@ class SegmentCursor {
 
   uint64_t left() const noexcept { return left_; }
 
-  // Fills `vectors` with the places of the next bytes, at most max_bytes of them. Dropped bytes go to `scratch`
-  // (over and over: they are checksummed before the next call). Returns how many vectors were filled.
+  // Fills `vectors` with the places of the next bytes, at most max_bytes of them. Dropped bytes go to
+  // `scratch` (over and over: they are checksummed before the next call). Returns how many vectors were
+  // filled.
   size_t next(std::span<iovec> vectors, size_t max_bytes, std::span<std::byte> scratch) const noexcept {
     size_t count = 0;
     size_t segment = segment_, within = within_, scratch_used = 0;

@@ -44,7 +44,7 @@ void set_option(int fd, int level, int name, int value) {
 
 }  // namespace
 
-Socket Socket::connect(const std::string& host, int port, Deadline deadline) {
+Socket Socket::connect(const std::string& host, int port, Deadline deadline, const GiveUp& give_up) {
   const std::string endpoint =
       (host.find(':') == std::string::npos ? host : "[" + host + "]") + ":" + std::to_string(port);
   const AddressList addresses = resolve(host, port, endpoint);
@@ -62,7 +62,8 @@ Socket Socket::connect(const std::string& host, int port, Deadline deadline) {
       last_error = errno;
       continue;
     }
-    while (!socket.wait(false, true, deadline.poll_milliseconds(1000))) {
+    while (!socket.wait(false, true, deadline.poll_milliseconds(kGiveUpPollMilliseconds))) {
+      if (give_up()) throw Error(ErrorCode::kCancelled, "connecting to " + endpoint + " was cancelled");
       if (deadline.passed()) throw Error(ErrorCode::kTimeout, "connecting to " + endpoint + " took too long");
     }
     int error = 0;

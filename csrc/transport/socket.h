@@ -1,11 +1,13 @@
 // A connected, non-blocking TCP socket.
 //
-// Owns one descriptor; belongs to one thread. Every wait has a deadline. Errors name the endpoint, never a credential.
+// Owns one descriptor; belongs to one thread. Every wait has a deadline. Errors name the endpoint, never a
+// credential.
 #pragma once
 
 #include <sys/uio.h>
 
 #include <cstddef>
+#include <functional>
 #include <span>
 #include <string>
 
@@ -13,12 +15,16 @@
 
 namespace rdmaload {
 
+// Asked while waiting for a connection; true ends the wait with kCancelled.
+using GiveUp = std::function<bool()>;
+constexpr int kGiveUpPollMilliseconds = 20;  // how often it is asked
+
 class Socket {
  public:
   Socket() = default;  // not connected
-  // Resolves (IPv4, IPv6 or a name) and tries each address in turn. Throws kUnavailable or kTimeout. Resolving a name
-  // is the one step that the system's resolver, not the deadline, bounds.
-  static Socket connect(const std::string& host, int port, Deadline deadline);
+  // Resolves (IPv4, IPv6 or a name) and tries each address in turn. Throws kUnavailable, kTimeout or
+  // kCancelled. Resolving a name is the one step that the system's resolver, not the deadline, bounds.
+  static Socket connect(const std::string& host, int port, Deadline deadline, const GiveUp& give_up);
   ~Socket();
   Socket(Socket&& other) noexcept;
   Socket& operator=(Socket&& other) noexcept;

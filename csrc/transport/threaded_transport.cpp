@@ -2,6 +2,8 @@
 
 #include <exception>
 
+#include "core/thread_name.h"
+
 namespace rdmaload {
 namespace {
 
@@ -33,6 +35,7 @@ void ThreadedTransport::submit(Read& read, Clock::time_point not_before) {
 void ThreadedTransport::cancel(const ReadOwner& owner) { complete_all_cancelled(queue_.remove(owner)); }
 
 void ThreadedTransport::work() {
+  name_this_thread("rdmaload-read");
   while (Read* read = queue_.pop(Deadline::never())) {
     Status status;
     if (read->owner->cancelled()) {

@@ -1,6 +1,7 @@
 // A transport whose reads are each done by one blocking call, on a fixed set of worker threads.
 //
-// The derived class implements perform() and calls stop() first thing in its destructor, while perform() may still run.
+// The derived class implements perform() and calls stop() first thing in its destructor, while perform() may
+// still run.
 #pragma once
 
 #include <thread>
@@ -13,6 +14,7 @@ namespace rdmaload {
 
 class ThreadedTransport : public Transport {
  public:
+  using Transport::submit;
   void submit(Read& read, Clock::time_point not_before) override;
   void cancel(const ReadOwner& owner) override;
   int connections() const noexcept override { return thread_count_; }

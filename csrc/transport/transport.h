@@ -1,9 +1,10 @@
 // The read contract: what every way of moving bytes promises to the loader.
 //
 // - A Read names an object, a byte range of it, and the segments of memory where those bytes go, in order.
-// - submit() never blocks on I/O. A submitted read completes exactly once, on a thread of the transport, through its
-//   owner; until then the transport may write to its segments, afterwards never again. A failed read may have written
-//   any part of its segments.
+// - submit() never blocks on I/O. A submitted read completes exactly once, on a thread of the transport,
+// through its
+//   owner; until then the transport may write to its segments, afterwards never again. A failed read may have
+//   written any part of its segments.
 // - A Read is one attempt. Whether and when to try again is the owner's decision (loader/load.h).
 // - cancel(owner) makes every read of that owner complete soon, with kCancelled unless it was done already.
 // - Destroying a transport completes whatever is outstanding with kCancelled first.
@@ -34,22 +35,25 @@ struct Read {
   // What to read. The owner keeps the Read alive and unchanged from submit() to completion.
   std::string object;
   uint64_t offset = 0;
-  uint64_t length = 0;        // the sum of the segments' sizes
-  uint64_t object_bytes = 0;  // the object's size; a key-value store that answers with another size is refused
+  uint64_t length = 0;  // the sum of the segments' sizes
+  uint64_t object_bytes =
+      0;  // the object's size; a key-value store that answers with another size is refused
   std::vector<Segment> segments;
   std::shared_ptr<void> memory_owner;  // keeps the segments' memory alive for callers outside this library
   bool checksum = false;
+  uint64_t priority = 0;  // lower first, where several owners' reads wait
   ReadOwner* owner = nullptr;
 
   // What became of it: valid in ReadOwner::complete().
   uint32_t crc = 0;
-  uint64_t copied_bytes = 0;            // bytes a CPU moved again after they had reached user memory
+  uint64_t copied_bytes = 0;  // bytes a CPU moved again after they had reached user memory
   std::chrono::nanoseconds checksum_time{0};
 };
 
 class ReadOwner {
  public:
-  // Called once per submitted read, on a transport thread, with no lock of the transport held. May submit again.
+  // Called once per submitted read, on a transport thread, with no lock of the transport held. May submit
+  // again.
   virtual void complete(Read& read, const Status& status) noexcept = 0;
   // Asked between pieces of a read: true makes the transport give up early.
   virtual bool cancelled() const noexcept = 0;

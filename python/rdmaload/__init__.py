@@ -11,6 +11,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rdmaload._prune import models, prune, remove
+    from rdmaload._save import save
     from rdmaload.connectors import (
         Connector,
         FileConnector,
@@ -35,10 +37,9 @@ if TYPE_CHECKING:
         UnavailableError,
         UrlError,
     )
-    from rdmaload.model import Model, load, load_into, open, pull_files, weight_iterator
+    from rdmaload.loading import load, load_into, open, pull_files, weight_iterator
+    from rdmaload.model import Model
     from rdmaload.options import Options
-    from rdmaload.prune import models, prune, remove
-    from rdmaload.save import save
     from rdmaload.stats import LoadStats, Progress, SaveStats
 
 __version__ = "0.1.0"
@@ -66,11 +67,12 @@ _MODULE_OF = {
     **dict.fromkeys(
         ("Connector", "FileConnector", "FileInfo", "KeyValueConnector", "register_connector"), "rdmaload.connectors"
     ),
-    **dict.fromkeys(("Model", "load", "load_into", "open", "pull_files", "weight_iterator"), "rdmaload.model"),
+    **dict.fromkeys(("load", "load_into", "open", "pull_files", "weight_iterator"), "rdmaload.loading"),
+    "Model": "rdmaload.model",
     **dict.fromkeys(("LoadStats", "Progress", "SaveStats"), "rdmaload.stats"),
-    **dict.fromkeys(("models", "prune", "remove"), "rdmaload.prune"),
+    **dict.fromkeys(("models", "prune", "remove"), "rdmaload._prune"),
     "Options": "rdmaload.options",
-    "save": "rdmaload.save",
+    "save": "rdmaload._save",
 }
 
 __all__ = [

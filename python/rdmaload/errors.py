@@ -51,9 +51,7 @@ class RdmaloadError(Exception):
     rdmaload.errors.NotFoundError: no model at redis://h/m; `rdmaload ls` lists them
     """
 
-    def __init__(
-        self, message: str = "", *, url: str | None = None, key: str | None = None
-    ) -> None:
+    def __init__(self, message: str = "", *, url: str | None = None, key: str | None = None) -> None:
         super().__init__(message)
         self.url = url
         self.key = key
@@ -68,9 +66,7 @@ class RdmaloadError(Exception):
         return _restore, (type(self), str(self), dict(self.__dict__))
 
 
-def _restore(
-    cls: type[RdmaloadError], message: str, attributes: dict[str, object]
-) -> RdmaloadError:
+def _restore(cls: type[RdmaloadError], message: str, attributes: dict[str, object]) -> RdmaloadError:
     error = cls(message)
     error.__dict__.update(attributes)
     return error

@@ -51,22 +51,15 @@ def save_files(
     paths = {source.path for source in model.files}
     existing = _existing(connector)
     if not overwrite:
-        there = sorted(
-            path for path in existing if path in paths or (rank is None and _is_weight(path))
-        )
+        there = sorted(path for path in existing if path in paths or (rank is None and _is_weight(path)))
         if there:
             raise AlreadyExistsError(
-                f"{connector.url} holds {there[0]} and overwrite=False. Save elsewhere, or remove "
-                "the old model first.",
+                f"{connector.url} holds {there[0]} and overwrite=False. Save elsewhere, or remove the old model first.",
                 url=connector.url,
                 key=there[0],
             )
     writer = _Writer(connector, model.chunk_bytes or DEFAULT_CHUNK_BYTES, tick)
-    files = [
-        source
-        for source in model.files
-        if not (rank and source.header is None and source.path in existing)
-    ]
+    files = [source for source in model.files if not (rank and source.header is None and source.path in existing)]
     for phase in range(3):
         writer.write([source for source in files if _phase(source) == phase], threads)
     model.check_unchanged()
@@ -105,9 +98,7 @@ def _is_ours_to_remove(path: str, rank: int | None, world_size: int) -> bool:
 class _Writer:
     """Writes lists of files with threads that each own one block of memory."""
 
-    def __init__(
-        self, connector: FileConnector, chunk_bytes: int, tick: Callable[[int, int], None]
-    ) -> None:
+    def __init__(self, connector: FileConnector, chunk_bytes: int, tick: Callable[[int, int], None]) -> None:
         self._connector = connector
         self._block_bytes = _CHUNKS_PER_BLOCK * chunk_bytes
         self._tick = tick
@@ -139,9 +130,7 @@ class _Writer:
                 name="rdmaload-save",
             )
 
-    def _blocks(
-        self, source: Source, buffer: memoryview, stop: threading.Event
-    ) -> Iterator[memoryview]:
+    def _blocks(self, source: Source, buffer: memoryview, stop: threading.Event) -> Iterator[memoryview]:
         offset = 0
         while offset < source.size:
             if stop.is_set():

@@ -125,11 +125,7 @@ class Index:
         numbered = []
         chunks = 0
         for file in files:
-            numbered.append(
-                IndexFile(
-                    file.path, file.size, file.number, file.rank, file.header, file.tied, chunks
-                )
-            )
+            numbered.append(IndexFile(file.path, file.size, file.number, file.rank, file.header, file.tied, chunks))
             chunks += file.chunk_count(chunk_bytes)
         index = cls(tuple(numbered), chunk_bytes, crcs)
         _check_files(index.files)
@@ -200,9 +196,7 @@ class Index:
         except UnicodeEncodeError as err:
             raise FormatError(f"index: a tied name is not Unicode text: {err}") from err
         if len(meta) > MAX_META_BYTES:
-            _refuse(
-                f"the list of files takes {len(meta)} bytes, above the limit of {MAX_META_BYTES}"
-            )
+            _refuse(f"the list of files takes {len(meta)} bytes, above the limit of {MAX_META_BYTES}")
         value = b"".join([_PREFIX.pack(_MAGIC, _VERSION, len(meta)), meta, self.crcs, *headers])
         if len(value) > MAX_INDEX_BYTES:
             _refuse(f"{len(value)} bytes, above the limit of {MAX_INDEX_BYTES}")
@@ -248,11 +242,7 @@ class Index:
         for entry in entries:
             header = data[at : at + entry.header_bytes] if entry.header_bytes else None
             at += entry.header_bytes
-            files.append(
-                IndexFile(
-                    entry.path, entry.size, entry.number, entry.rank, header, entry.tied, chunks
-                )
-            )
+            files.append(IndexFile(entry.path, entry.size, entry.number, entry.rank, header, entry.tied, chunks))
             chunks += -(-entry.size // chunk_bytes)
         _check_files(files)
         return cls(tuple(files), chunk_bytes, crcs)

@@ -27,6 +27,7 @@ __all__ = [
     "GENERATION_PATTERN",
     "MAX_MANIFEST_BYTES",
     "Manifest",
+    "generation_manifest_key",
     "manifest_key",
     "utc_now",
 ]
@@ -42,9 +43,7 @@ GENERATION_PATTERN = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _Bytes = bytes  # in Manifest the name is a field
 
 _CRC = re.compile(rb"[0-9a-f]{8}")
-_TIME = re.compile(
-    r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?Z", re.ASCII
-)
+_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?Z", re.ASCII)
 _MAX_WORLD_SIZE = 2**31 - 1
 _MAX_MEMBERS = 1000  # of layout and identity each
 _FIELDS = frozenset(
@@ -70,6 +69,11 @@ def manifest_key(model: str) -> str:
     return f"{model}/manifest"
 
 
+def generation_manifest_key(model: str, generation: str) -> str:
+    """Where a copy of the manifest that published a generation stays, for readers that have pinned it."""
+    return f"{model}/chunks/{generation}/manifest"
+
+
 def utc_now() -> str:
     """The time as manifests and notes hold it: RFC 3339, UTC, whole seconds.
 
@@ -83,7 +87,7 @@ def utc_now() -> str:
 class Manifest:
     """What a model is, and where its index lies.
 
-    >>> manifest = Manifest.of(b"...", generation="0" * 32, files=1, bytes=5, writer="rdmaload")
+    >>> manifest = Manifest.of(bytes(16), generation="0" * 32, files=1, bytes=5, writer="rdmaload")
     >>> Manifest.decode(manifest.encode()) == manifest
     True
     """
@@ -177,15 +181,8 @@ class Manifest:
     @classmethod
     def _decode(cls, value: _Bytes) -> Manifest:
         if len(value) > MAX_MANIFEST_BYTES:
-            _refuse(
-                f"longer than the limit of {MAX_MANIFEST_BYTES} bytes: not a manifest of rdmaload"
-            )
-        if (
-            len(value) < 10
-            or value[-1:] != b"\n"
-            or value[-10:-9] != b"\n"
-            or not _CRC.fullmatch(value[-9:-1])
-        ):
+            _refuse(f"longer than the limit of {MAX_MANIFEST_BYTES} bytes: not a manifest of rdmaload")
+        if len(value) < 10 or value[-1:] != b"\n" or value[-10:-9] != b"\n" or not _CRC.fullmatch(value[-9:-1]):
             _refuse("does not end in a checksum line: cut off, or not a manifest of rdmaload")
         line, crc = value[:-9], int(value[-9:-1], 16)
         if crc32c(line) != crc:
@@ -214,9 +211,7 @@ class Manifest:
             _refuse("the JSON is not in its one canonical spelling")
         return cls(**members)
 
-    def check_index(
-        self, index: _Bytes | memoryview, *, url: str | None = None, key: str | None = None
-    ) -> None:
+    def check_index(self, index: _Bytes | memoryview, *, url: str | None = None, key: str | None = None) -> None:
         """Raise IntegrityError unless `index` is the value that this manifest pins."""
         where = "index" + (f" {key}" if key else "") + (f" at {url}" if url else "")
         problem = None
@@ -259,9 +254,7 @@ def _check_shape(members: Mapping[str, object]) -> None:
     if members["kind"] == "checkpoint" and members["world_size"] != 1:
         _refuse("a checkpoint has world_size 1")
     layout, identity = members["layout"], members["identity"]
-    if not _small_object(layout, int) or any(
-        not 0 <= value <= _MAX_WORLD_SIZE for value in layout.values()
-    ):
+    if not _small_object(layout, int) or any(not 0 <= value <= _MAX_WORLD_SIZE for value in layout.values()):
         _refuse("layout is not an object of whole numbers")
     if not _small_object(identity, str):
         _refuse("identity is not an object of texts")

@@ -44,8 +44,7 @@ def parse_size(text: str) -> int:
     unit = _UNITS.get(matched.group(2).lower()) if matched else None
     if matched is None or unit is None:
         raise ValueError(
-            f"{text[:40]!r} is no size; write bytes, or a number with "
-            "KiB, MiB, GiB, TiB, KB, MB, GB or TB"
+            f"{text[:40]!r} is no size; write bytes, or a number with KiB, MiB, GiB, TiB, KB, MB, GB or TB"
         )
     number = matched.group(1)
     return int(number) * unit if "." not in number else round(float(number) * unit)
@@ -82,12 +81,7 @@ def _seconds(value: object) -> float:
             value = float(value)
         except ValueError:
             value = None
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-        or value <= 0
-    ):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
         raise _Wrong("seconds above 0")
     return float(value)
 
@@ -121,9 +115,7 @@ def _hex(digits: int) -> Callable[[object], str]:
 
 
 def _option(convert: Callable[[object], object], default: Any, *, secret: bool = False) -> Any:
-    return field(
-        default=default, repr=not secret, metadata={"convert": convert, "optional": default is None}
-    )
+    return field(default=default, repr=not secret, metadata={"convert": convert, "optional": default is None})
 
 
 @dataclass(frozen=True)
@@ -197,11 +189,7 @@ class Options:
         user and a password in the url are options too.
         """
         where = f" in {url.redacted}"
-        from_url = {
-            name: _converted(name, value, where)
-            for name, value in url.query.items()
-            if name not in also
-        }
+        from_url = {name: _converted(name, value, where) for name, value in url.query.items() if name not in also}
         for name, value in (("username", url.user), ("password", url.password)):
             if value:
                 if from_url.get(name, value) != value:
@@ -216,16 +204,10 @@ class Options:
         for name, value in from_url.items():
             if name in given and given[name] != value:
                 raise _conflict(name, value, given[name], url)
-        merged = replace(
-            cls(), **given, **{name: from_url[name] for name in from_url.keys() - given.keys()}
-        )
-        sources = [
-            name for name in ("password", "password_file", "password_env") if getattr(merged, name)
-        ]
+        merged = replace(cls(), **given, **{name: from_url[name] for name in from_url.keys() - given.keys()})
+        sources = [name for name in ("password", "password_file", "password_env") if getattr(merged, name)]
         if len(sources) > 1:
-            raise UrlError(
-                f"{' and '.join(sources)} are given for {url.redacted}; keep one", url=url.redacted
-            )
+            raise UrlError(f"{' and '.join(sources)} are given for {url.redacted}; keep one", url=url.redacted)
         return merged
 
     def read_password(self, *, url: str | None = None) -> str | None:
@@ -238,8 +220,7 @@ class Options:
             value = os.environ.get(self.password_env)
             if not value:
                 raise AuthenticationError(
-                    f"password_env={self.password_env}{place}: "
-                    "the environment has no such variable, or it is empty",
+                    f"password_env={self.password_env}{place}: the environment has no such variable, or it is empty",
                     url=url,
                 )
             return value
@@ -277,9 +258,7 @@ def _converted(name: str, value: object, where: str) -> Any:
         raise UrlError(f"unknown option {name}{where}: {hint}")
     convert = option.metadata["convert"]
     # In a url "none" is the way to write None, except where it may be a name or a password.
-    if option.metadata["optional"] and (
-        value is None or (value == "none" and convert is not _text)
-    ):
+    if option.metadata["optional"] and (value is None or (value == "none" and convert is not _text)):
         return None
     try:
         return convert(value)
@@ -291,7 +270,6 @@ def _converted(name: str, value: object, where: str) -> Any:
 def _conflict(name: str, in_url: object, elsewhere: object, url: Url) -> UrlError:
     shown = "" if is_secret_option(name) else f" ({in_url!r} and {elsewhere!r})"
     return UrlError(
-        f"{name} is given in the url {url.redacted} and beside it "
-        f"with different values{shown}; keep one",
+        f"{name} is given in the url {url.redacted} and beside it with different values{shown}; keep one",
         url=url.redacted,
     )

@@ -22,7 +22,7 @@ from rdmaload.errors import (
 )
 from rdmaload.index import Index, IndexFile, chunk_key, index_key
 from rdmaload.journal import SaveKeys, decode_part, delete_keys
-from rdmaload.manifest import Manifest, manifest_key, utc_now
+from rdmaload.manifest import Manifest, generation_manifest_key, manifest_key, utc_now
 
 __all__ = ["Publisher", "manifest_of", "superseded_key"]
 
@@ -93,9 +93,9 @@ class Publisher:
         index, value = self._settle(merged)
         self._check_is_mine(index, mine)
         self.check_present(index)
+        manifest = self._settle_manifest(manifest_of(index, value, self._generation, parts[0][0]))
         if self._connector.get(self._keys.generation) != self._generation.encode():
             return self._left_to_others()
-        manifest = manifest_of(index, value, self._generation, parts[0][0])
         if not self._set_manifest(manifest):
             return False
         numbers = {file.number for file in index.files}
@@ -119,14 +119,17 @@ class Publisher:
                 )
 
     def clean_up(self) -> None:
-        """Remove what the save kept for itself. The generation goes last of what matters: while it
-        is there, another attempt sees that this save was published."""
+        """Remove what the save kept for itself, the generation before the claims: an attempt that
+        is late then learns that its claims mean nothing any more (see upload.py)."""
         connector, keys = self._connector, self._keys
         connector.members_add(MODELS_KEY, keys.model)
-        prefix = f"{keys.root}/{self._generation}/"
-        delete_keys(connector, connector.list(prefix))
+        # Listed while the generation is still there: nothing of a later save can be among it.
+        left = [key for key in connector.list(f"{keys.root}/") if key not in (keys.generation, keys.beat)]
         if connector.get(keys.generation) == self._generation.encode():
             connector.delete(keys.generation, keys.beat)
+        else:
+            left = [key for key in left if key.startswith(f"{keys.root}/{self._generation}/")]
+        delete_keys(connector, left)
 
     def _settle(self, merged: Index) -> tuple[Index, bytes]:
         """The one index of this generation: ours, or the one of whoever was first."""
@@ -138,6 +141,19 @@ class Publisher:
         if stored is None:
             raise self._gone()
         return Index.decode(stored), stored
+
+    def _settle_manifest(self, manifest: Manifest) -> bytes:
+        """The manifest of this generation as its copy holds it, which readers that have pinned the generation use
+        when another one is published: ours, or the one of whoever was first."""
+        key = generation_manifest_key(self._keys.model, self._generation)
+        value = manifest.encode()
+        if self._connector.set(key, value, if_absent=True):
+            return value
+        stored = self._connector.get(key)
+        if stored is None:
+            raise self._gone()
+        Manifest.decode(stored, url=self._url, key=key)
+        return stored
 
     def _check_is_mine(self, index: Index, mine: Index) -> None:
         """Several attempts under one save id must mean one content. Plain files may have come from
@@ -161,10 +177,9 @@ class Publisher:
                     key=self._keys.root,
                 )
 
-    def _set_manifest(self, manifest: Manifest) -> bool:
+    def _set_manifest(self, value: bytes) -> bool:
         model = self._keys.model
         key = manifest_key(model)
-        value = manifest.encode()
         old = self.published_manifest()
         if not self._connector.set(key, value, if_absent=not self._overwrite):
             if self._connector.get(key) == value:  # a retry after a lost reply
@@ -202,7 +217,8 @@ class Publisher:
     def _gone(self) -> StaleGenerationError:
         return StaleGenerationError(
             f"save {self._keys.save_id!r} of {self._url} was pruned or removed while it was under "
-            "way; nothing was published. Save again.",
+            "way (or another rank published it, and it was replaced and pruned since); this attempt "
+            "published nothing. Save again.",
             url=self._url,
             key=self._keys.generation,
         )

@@ -6,13 +6,22 @@ A StoreReader owns the model's transport (connections, threads) from the first r
 from __future__ import annotations
 
 import threading
+import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rdmaload import _core
 from rdmaload.connectors.connector import Connector, FileConnector, KeyValueConnector
-from rdmaload.errors import IntegrityError, NotFoundError, RdmaloadError, StaleGenerationError, UnavailableError
+from rdmaload.errors import (
+    IntegrityError,
+    LoadTimeoutError,
+    NotFoundError,
+    RdmaloadError,
+    StaleGenerationError,
+    UnavailableError,
+)
 from rdmaload.index import Index
 from rdmaload.manifest import Manifest, manifest_key
 from rdmaload.stats import LoadStats
@@ -32,6 +41,11 @@ class Batch:
     plan: _core.LoadPlan
     destinations: Sequence[_core.HostArena | _core.ImportedTensor]
     operation: _core.LoadOperation
+
+    @property
+    def arenas(self) -> Sequence[_core.HostArena]:
+        """The destinations of a plan into arenas."""
+        return [arena for arena in self.destinations if isinstance(arena, _core.HostArena)]
 
 
 class StoreReader:
@@ -58,19 +72,23 @@ class StoreReader:
         self._lock = threading.Lock()
         self._transport: _core.Transport | None = None  # guarded by _lock
         self._closed = False  # guarded by _lock
+        self._started: weakref.WeakSet[_core.LoadOperation] = weakref.WeakSet()  # guarded by _lock
 
     def close(self) -> None:
         """Close the connections; reads that run end with an error first."""
         with self._lock:
             self._closed = True
             transport, self._transport = self._transport, None
+            started = list(self._started)
+        for operation in started:
+            operation.cancel()
         del transport
 
     def transport(self) -> _core.Transport:
         """The transport, made on first use."""
         with self._lock:
             if self._closed:
-                raise UnavailableError(f"{self._connector.url} is closed: open it again", url=self._connector.url)
+                raise self._closed_error()
             if self._transport is None:
                 native = self._connector.native_transport()
                 if native is None:
@@ -78,6 +96,9 @@ class StoreReader:
                 assert isinstance(native, _core.Transport)
                 self._transport = native
             return self._transport
+
+    def _closed_error(self) -> UnavailableError:
+        return UnavailableError(f"{self._connector.url} is closed: open it again", url=self._connector.url)
 
     def _python_transport(self) -> _core.Transport:
         connector = self._connector
@@ -105,10 +126,18 @@ class StoreReader:
         return make(tensors, self._layout, list(selection), self._limits())
 
     def start(
-        self, plan: _core.LoadPlan, destinations: Sequence[_core.HostArena | _core.ImportedTensor]
+        self,
+        plan: _core.LoadPlan,
+        destinations: Sequence[_core.HostArena | _core.ImportedTensor],
+        *,
+        deadline: float | None = None,
     ) -> Batch:
-        """Begin to read; the destinations are written until finish() has returned or raised."""
+        """Begin to read; the destinations are written until finish() has returned or raised.
+
+        `deadline` (of time.monotonic) is that of a work of which this is a part; without it `timeout` begins now.
+        """
         options = self._connector.options
+        timeout = options.timeout if deadline is None else max(0.001, deadline - time.monotonic())
         operation = _core.LoadOperation(
             self.transport(),
             self._layout,
@@ -117,8 +146,12 @@ class StoreReader:
             verify=self._verify,
             max_integrity_attempts=options.max_integrity_attempts,
             retry_timeout=options.retry_timeout,
-            timeout=options.timeout,
+            timeout=timeout,
         )
+        with self._lock:
+            if self._closed:
+                raise self._closed_error()
+            self._started.add(operation)
         operation.start()
         return Batch(plan, destinations, operation)
 
@@ -141,6 +174,8 @@ class StoreReader:
         try:
             operation.throw_if_failed()
         except RdmaloadError as error:
+            if self._closed and type(error) is RdmaloadError:  # cancelled, by close()
+                raise self._closed_error() from None
             raise self._explained(error, operation.failed_object or None) from None
 
     def stream(
@@ -154,8 +189,11 @@ class StoreReader:
     ) -> Iterator[Batch]:
         """Execute plans in order, reading ahead at most `window_bytes` (but one plan always), and yield each when done.
 
-        With `reuse`, arenas of a batch are used again once the consumer has come back for the next.
+        `timeout` is for all of them. `tick` gets wanted bytes. With `reuse`, arenas of a batch are used again once the
+        consumer has come back for the next.
         """
+        timeout = self._connector.options.timeout
+        deadline = None if timeout is None else time.monotonic() + timeout
         ahead: deque[Batch] = deque()
         ahead_bytes = 0
         spare: list[_core.HostArena] = []
@@ -165,17 +203,17 @@ class StoreReader:
             while ahead or waiting is not None:
                 while waiting is not None and (not ahead or ahead_bytes + waiting.wanted_bytes <= window_bytes):
                     arenas = [_take(spare, nbytes) for nbytes in waiting.region_bytes]
-                    ahead.append(self.start(waiting, arenas))
+                    ahead.append(self.start(waiting, arenas, deadline=deadline))
                     ahead_bytes += waiting.wanted_bytes
                     waiting = next(plans, None)
                 batch = ahead[0]
-                self.finish(batch, stats, None if tick is None else lambda done: tick(done_before + done))
-                done_before += batch.plan.read_bytes
+                self.finish(batch, stats, None if tick is None else _shifted(tick, done_before, batch.plan))
+                done_before += batch.plan.wanted_bytes
                 yield batch
                 ahead.popleft()
                 ahead_bytes -= batch.plan.wanted_bytes
                 if reuse:
-                    spare.extend(arena for arena in batch.destinations if isinstance(arena, _core.HostArena))
+                    spare.extend(batch.arenas)
         finally:
             for batch in ahead:
                 batch.operation.cancel()
@@ -200,6 +238,12 @@ class StoreReader:
         connector = self._connector
         if isinstance(error, NotFoundError) and isinstance(connector, KeyValueConnector):
             error = self._why_missing(connector, error, key)
+        if isinstance(error, LoadTimeoutError) and key is None:  # the deadline of the whole, not of a connection
+            timeout = connector.options.timeout
+            error = LoadTimeoutError(f"{connector.url}: the load took longer than timeout={timeout:g} s ({error})")
+        missing = [name for name in (connector.url, key) if name and name not in str(error)]
+        if missing:
+            error = type(error)(f"{' '.join(missing)}: {error}")
         error.url = connector.url
         error.key = key
         return error
@@ -222,11 +266,14 @@ class StoreReader:
         )
 
 
+def _shifted(tick: Tick, before: int, plan: _core.LoadPlan) -> Tick:
+    """A tick in bytes that are wanted: chunks on the border of two plans are read for both."""
+    return lambda done: tick(before + done * plan.wanted_bytes // max(1, plan.read_bytes))
+
+
 def _take(spare: list[_core.HostArena], nbytes: int) -> _core.HostArena:
     """An arena of at least `nbytes`, used before if one is large enough."""
     for position, arena in enumerate(spare):
         if arena.nbytes >= nbytes:
             return spare.pop(position)
     return _core.HostArena(nbytes)
-
-

@@ -197,20 +197,13 @@ class _DirectoryFile(Source):
 
 def _fingerprint(status: os.stat_result) -> str:
     """What changes whenever a file is written, replaced or moved into place."""
-    return (
-        f"{status.st_dev}:{status.st_ino}:{status.st_size}:"
-        f"{status.st_mtime_ns}:{status.st_ctime_ns}"
-    )
+    return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
 
 
-def directory_model(
-    connector: LocalConnector, root: Path, *, rank: int | None, world_size: int | None
-) -> SourceModel:
+def directory_model(connector: LocalConnector, root: Path, *, rank: int | None, world_size: int | None) -> SourceModel:
     """The files below `root`. With a rank, files that are named after another rank are left out,
     so that the ranks of one sharded model may share a directory."""
-    fingerprints = {
-        info.path: _fingerprint(os.stat(root / info.path)) for info in connector.list_files()
-    }
+    fingerprints = {info.path: _fingerprint(os.stat(root / info.path)) for info in connector.list_files()}
     index = index_of_files(connector)
     files: list[Source] = []
     for file in index.files:
@@ -268,9 +261,7 @@ def stored_model(connector: Connector, options: Options) -> SourceModel:
     if isinstance(connector, FileConnector):
         index = index_of_files(connector)
         tags = {info.path: info.etag for info in connector.list_files()}
-        files: list[Source] = [
-            _StoredFile(connector, file, tags.get(file.path)) for file in index.files
-        ]
+        files: list[Source] = [_StoredFile(connector, file, tags.get(file.path)) for file in index.files]
         kind, world_size = _kind_of(files, connector.url)
         return SourceModel(files, kind, world_size)
     raise TypeError(f"{connector!r} is neither a key-value nor a file connector")
@@ -343,9 +334,7 @@ class _KeyValueFile(Source):
 class _PinnedModel:
     """One generation of a key-value model."""
 
-    def __init__(
-        self, connector: KeyValueConnector, generation: str, index: Index, attempts: int
-    ) -> None:
+    def __init__(self, connector: KeyValueConnector, generation: str, index: Index, attempts: int) -> None:
         if index.chunk_bytes is None:
             raise FormatError("the index names no chunk size", url=connector.url)
         self.connector = connector
@@ -382,8 +371,7 @@ class _PinnedModel:
         now = read_manifest(self.connector)
         if now is None or now.generation != self.generation:
             return StaleGenerationError(
-                f"{key} on {url} is gone: the model was replaced or removed while it was copied; "
-                "copy again.",
+                f"{key} on {url} is gone: the model was replaced or removed while it was copied; copy again.",
                 url=url,
                 key=key,
             )

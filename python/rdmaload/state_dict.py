@@ -51,9 +51,7 @@ _DTYPES = (
 )
 
 
-def state_dict_model(
-    state: Mapping[str, object], *, rank: int | None, world_size: int | None
-) -> SourceModel:
+def state_dict_model(state: Mapping[str, object], *, rank: int | None, world_size: int | None) -> SourceModel:
     """Virtual safetensors files of at most 5 GB. Tensors that are the same memory are stored once;
     the other names are kept as tied."""
     tensors, tied = _unique(state)
@@ -127,8 +125,9 @@ def _checked(name: object, value: object) -> torch.Tensor:
     tensor = value.detach()
     if hasattr(value, "to_local"):
         raise refuse("is a distributed tensor; save its to_local() or full_tensor()")
-    if hasattr(type(value), "__tensor_flatten__"):
-        raise refuse(f"is a {type(value).__name__}; save the plain tensors that it consists of")
+    if type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        kind = type(value).__name__
+        raise refuse(f"is a {kind}, which has no memory of its own; save the plain tensors behind it")
     if tensor.is_quantized:
         raise refuse("is a quantised tensor; save its int_repr(), scale and zero point")
     if tensor.is_nested or tensor.layout != torch.strided:
@@ -139,10 +138,6 @@ def _checked(name: object, value: object) -> torch.Tensor:
         raise refuse(f"has dtype {tensor.dtype}, which safetensors cannot hold")
     if tensor.dim() == 0 and tensor.dtype == getattr(torch, "float4_e2m1fn_x2", None):
         raise refuse("is a scalar of packed 4-bit floats, which safetensors cannot hold")
-    try:
-        tensor.untyped_storage().data_ptr()
-    except RuntimeError as err:
-        raise refuse(f"has no memory of its own ({type(value).__name__})") from err
     return tensor
 
 
@@ -181,9 +176,7 @@ class _TensorFile(Source):
         rank: int | None,
     ) -> None:
         names = _dtype_names()
-        order = sorted(
-            tensors.items(), key=lambda item: (names[item[1].dtype][0], item[0].encode())
-        )
+        order = sorted(tensors.items(), key=lambda item: (names[item[1].dtype][0], item[0].encode()))
         # "format" is what transformers asks for; tied names are written the way safetensors'
         # save_model does, for readers of the plain file.
         metadata = {"format": "pt"}

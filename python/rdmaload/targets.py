@@ -23,12 +23,21 @@ class Targets(Mapping[str, "torch.Tensor"]):
     def __init__(
         self, target: nn.Module | Mapping[str, torch.Tensor], specs: Mapping[str, TensorSpec], url: str
     ) -> None:
+        import torch
         from torch import nn
 
         named = target.state_dict(keep_vars=True) if isinstance(target, nn.Module) else target
-        self._tensors: dict[str, torch.Tensor] = {name: tensor.detach() for name, tensor in named.items()}
+        if not isinstance(named, Mapping):
+            raise TypeError(f"the target is a {type(target).__name__}, neither a module nor a mapping of tensors")
+        self._tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in named.items():
+            if isinstance(tensor, torch.Tensor):
+                self._tensors[name] = tensor.detach()
+            elif name in specs:  # else a module's extra state, which is no concern of ours
+                raise TypeError(f"the target of {name} is a {type(tensor).__name__}, not a tensor")
         self._specs = specs
         self._url = url
+        self._claimed: set[int] = set()
         for name, tensor in self._tensors.items():
             if name in specs:
                 self._check_shape(name, tensor)
@@ -70,14 +79,10 @@ class Targets(Mapping[str, "torch.Tensor"]):
                 if name not in self._specs and (tensor.data_ptr(), tensor.shape) not in places
             ]
         if missing or unexpected:
+            differences = [_listed(missing, "not stored"), _listed(unexpected, "not in the target")]
             raise LayoutMismatchError(
-                f"{self._url} and the target differ: "
-                + "; ".join(
-                    f"{len(names)} {what} ({', '.join(names[:_SHOWN_NAMES])}{', ...' if len(names) > _SHOWN_NAMES else ''})"
-                    for names, what in ((missing, "not stored"), (unexpected, "not in the target"))
-                    if names
-                )
-                + "; strict=False loads what both have",
+                f"{self._url} and the target differ: {'; '.join(filter(None, differences))}; strict=False loads what "
+                "both have",
                 url=self._url,
             )
 
@@ -91,10 +96,22 @@ class Targets(Mapping[str, "torch.Tensor"]):
             )
         return tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()
 
-    def is_same_memory(self, name: str, others: list[str]) -> bool:
-        """Whether one of `others` is the same tensor in memory: tied in the target as it is in the store."""
+    def is_same_memory(self, name: str, other: str) -> bool:
+        """Whether both targets are one tensor in memory: tied in the target as they are in the store."""
+        one, two = self._tensors[name], self._tensors[other]
+        return (one.data_ptr(), one.stride(), one.dtype) == (two.data_ptr(), two.stride(), two.dtype)
+
+    def claim(self, name: str) -> bool:
+        """Whether nothing else is received in this target's memory: two stored tensors at once would mix."""
         tensor = self._tensors[name]
-        return any(
-            self._tensors[other].data_ptr() == tensor.data_ptr() and self._tensors[other].stride() == tensor.stride()
-            for other in others
-        )
+        if tensor.numel() > 0 and tensor.data_ptr() in self._claimed:
+            return False
+        self._claimed.add(tensor.data_ptr())
+        return True
+
+
+def _listed(names: list[str], what: str) -> str:
+    if not names:
+        return ""
+    more = ", ..." if len(names) > _SHOWN_NAMES else ""
+    return f"{len(names)} {what} ({', '.join(names[:_SHOWN_NAMES])}{more})"

@@ -17,7 +17,7 @@ from rdmaload.errors import DeviceError, FormatError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TensorSpec", "export_tensor", "import_target", "torch_dtype"]
+__all__ = ["TensorSpec", "converted_bytes", "export_tensor", "import_target", "torch_dtype"]
 
 # safetensors name: DLPack type code and bits, for the types that DLPack has had from the start.
 _DLPACK = {
@@ -97,6 +97,14 @@ def torch_dtype(spec: TensorSpec) -> tuple[torch.dtype, tuple[int, ...]]:
     return dtype, spec.shape
 
 
+def converted_bytes(spec: TensorSpec, dtype: torch.dtype | None) -> int:
+    """Bytes of the tensor once it is converted to `dtype`, as floating-point tensors are."""
+    stored, shape = torch_dtype(spec)
+    if dtype is None or not stored.is_floating_point:
+        return spec.nbytes
+    return math.prod(shape) * dtype.itemsize
+
+
 def export_tensor(spec: TensorSpec, arena: _core.HostArena | None, offset: int) -> torch.Tensor:
     """The tensor at `offset` (bytes) of `arena`, which it shares the ownership of; without one, an empty tensor."""
     import torch
@@ -119,11 +127,10 @@ def export_tensor(spec: TensorSpec, arena: _core.HostArena | None, offset: int) 
 def import_target(name: str, target: torch.Tensor, nbytes: int) -> _core.ImportedTensor:
     """An existing contiguous host tensor as a destination; keeps it alive until the load is done."""
     import torch
-    from torch.utils.dlpack import to_dlpack
 
     if target.device.type != "cpu":
         raise DeviceError(f"the target of {name} is on {target.device}, not in host memory")
     flat = target.detach().reshape(-1).view(torch.uint8)
     if flat.numel() != nbytes or flat.data_ptr() != target.data_ptr():
         raise FormatError(f"the target of {name} has {flat.numel()} bytes, the stored tensor {nbytes}")
-    return _core.ImportedTensor(to_dlpack(flat))
+    return _core.ImportedTensor(flat.__dlpack__())

@@ -25,6 +25,9 @@ def run_in_threads(
     others; it is raised after the last thread has ended.
     """
     stop = threading.Event()
+    # Nobody works before all threads are known: one whose start() was interrupted cannot be joined,
+    # and must have done nothing.
+    go = threading.Event()
     finished = threading.Event()
     lock = threading.Lock()
     errors: list[BaseException] = []
@@ -33,6 +36,7 @@ def run_in_threads(
     def body() -> None:
         nonlocal running
         try:
+            go.wait()
             if not stop.is_set():
                 work(stop)
         except BaseException as err:
@@ -45,21 +49,19 @@ def run_in_threads(
                 if running == 0:
                     finished.set()
 
-    threads = [
-        threading.Thread(target=body, name=f"{name}-{number}", daemon=True)
-        for number in range(count)
-    ]
-    started: list[threading.Thread] = []
+    threads = [threading.Thread(target=body, name=f"{name}-{number}", daemon=True) for number in range(count)]
     try:
         for thread in threads:
             thread.start()
-            started.append(thread)
+        go.set()
         while not finished.wait(_TICK_SECONDS):
             if tick is not None:
                 tick()
     finally:
         stop.set()
-        for thread in started:
-            thread.join()
+        go.set()
+        for thread in threads:
+            if thread.is_alive():
+                thread.join()
     if errors:
         raise errors[0]

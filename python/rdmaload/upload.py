@@ -3,6 +3,10 @@
 Each thread owns one buffer of a chunk's size, so that memory is threads times chunk_bytes whatever
 the model's size. A thread that comes to a file first looks it up in the journal or claims a number
 for it; the one that finishes its last chunk writes the journal.
+
+No chunk key is ever written by two attempts, or a late one could damage what is published: a number
+counts only if the save's generation is still registered after it was claimed, and whoever ends a
+save removes the generation before the claims.
 """
 
 from __future__ import annotations
@@ -20,9 +24,13 @@ from rdmaload.journal import JournalEntry, SaveKeys
 from rdmaload.sources import Source
 from rdmaload.threads import run_in_threads
 
-__all__ = ["Upload"]
+__all__ = ["Overtaken", "Upload"]
 
 _U32_BYTES = 4
+
+
+class Overtaken(Exception):
+    """Another attempt published this save, or somebody removed it, while this one was at work."""
 
 
 class _File:
@@ -78,11 +86,7 @@ class Upload:
         for file in self._files:
             source = file.source
             assert file.number is not None
-            files.append(
-                IndexFile(
-                    source.path, source.size, file.number, source.rank, source.header, source.tied
-                )
-            )
+            files.append(IndexFile(source.path, source.size, file.number, source.rank, source.header, source.tied))
         crcs = b"".join(file.crcs for file in self._files)
         return Index.of(files, chunk_bytes=self._chunk_bytes, crcs=crcs)
 
@@ -161,11 +165,12 @@ class Upload:
                 number = self._next_number
                 self._next_number += self._stride
             key = self._keys.claim(self._generation, number)
-            if self._connector.set(key, token, if_absent=True):
-                return number
             # A store that retried a lost reply finds our own token and says no.
-            if self._connector.get(key) == token:
-                return number
+            if self._connector.set(key, token, if_absent=True) or self._connector.get(key) == token:
+                break
+        if self._connector.get(self._keys.generation) != self._generation.encode():
+            raise Overtaken
+        return number
 
     def _send(self, file: _File, chunk: int, buffer: memoryview, spent: list[float]) -> None:
         offset = chunk * self._chunk_bytes

@@ -22,9 +22,7 @@ SECRET_TEXT = "***"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
-_SECRET_NAME = re.compile(
-    r"pass|secret|token|credential|signature|(^|[_-])(key|sig|auth)($|[_-])", re.IGNORECASE
-)
+_SECRET_NAME = re.compile(r"pass|secret|token|credential|signature|(^|[_-])(key|sig|auth)($|[_-])", re.IGNORECASE)
 _NAMES_OF_SECRETS = ("password_file", "password_env")
 
 _DEFAULT_PORTS = {"redis": 6379, "rediss": 6379, "valkey": 6379, "valkeys": 6379, "rdma": 6379}
@@ -34,9 +32,7 @@ _REDIS_SCHEMES = frozenset(_DEFAULT_PORTS) | {
 # A bucket or a host alone is a model there; in a key-value store the name is the prefix of every
 # key.
 _OBJECT_SCHEMES = frozenset({"s3", "gs", "az", "hf", "http", "https"})
-_OPTIONLESS_SCHEMES = frozenset(
-    {"http", "https"}
-)  # their query belongs to the server, and may be signed
+_OPTIONLESS_SCHEMES = frozenset({"http", "https"})  # their query belongs to the server, and may be signed
 
 # Keys of a model "a" are "a/manifest", "a/chunks/..." and so on: a model "a/chunks" would live
 # among them.
@@ -115,9 +111,7 @@ def parse_url(url: str | PathLike[str] | Url, *, require_model: bool = True) -> 
         if not text:
             raise UrlError("the url is empty")
         if "://" in text:
-            _refuse(
-                text, "has no valid scheme; a local directory is written ./name or file:///path"
-            )
+            _refuse(text, "has no valid scheme; a local directory is written ./name or file:///path")
         return Url(scheme="file", redacted=text, text=text, path=text)
     scheme = matched.group(1).lower()
     rest, hash_sign, _ = text[matched.end() :].partition("#")
@@ -134,15 +128,11 @@ def parse_url(url: str | PathLike[str] | Url, *, require_model: bool = True) -> 
     user = _decode(text, user_text) if user_text else None
     password = _decode(text, password_text) if colon else None
     # The password is known from here on: show everything else as it was written.
-    shown = (
-        f"{scheme}://{user_text}{':' + SECRET_TEXT if colon else ''}{at}{address}{slash}{path_text}"
-    )
+    shown = f"{scheme}://{user_text}{':' + SECRET_TEXT if colon else ''}{at}{address}{slash}{path_text}"
     if question:
         shown += "?" + _redact_query(query_text, everything=scheme in _OPTIONLESS_SCHEMES)
     if scheme in _REDIS_SCHEMES and "@" in path_text:
-        _refuse(
-            text, 'has an "@" after a "/": percent-encode the password ("/" is %2F, "@" is %40)'
-        )
+        _refuse(text, 'has an "@" after a "/": percent-encode the password ("/" is %2F, "@" is %40)')
 
     path = ""
     if scheme.endswith("+unix"):
@@ -185,9 +175,7 @@ def _parse_address(scheme: str, text: str, address: str) -> tuple[str | None, in
     host, port_text = address, ""
     if address.startswith("["):
         host, bracket, port_text = address[1:].partition("]")
-        if not bracket or not re.fullmatch(
-            r"[0-9A-Fa-f:.]+(%25[A-Za-z0-9_.-]+|%[A-Za-z0-9_.-]+)?", host, re.ASCII
-        ):
+        if not bracket or not re.fullmatch(r"[0-9A-Fa-f:.]+(%25[A-Za-z0-9_.-]+|%[A-Za-z0-9_.-]+)?", host, re.ASCII):
             _refuse(text, "has an IPv6 address that is not of the form [::1]")
         host = host.replace("%25", "%")
         if port_text and not port_text.startswith(":"):
@@ -197,9 +185,7 @@ def _parse_address(scheme: str, text: str, address: str) -> tuple[str | None, in
         host, _, port_text = address.partition(":")
         host = _decode(text, host)
         if ":" in port_text:
-            _refuse(
-                text, "has more than one port; an IPv6 address is written in brackets, [::1]:6379"
-            )
+            _refuse(text, "has more than one port; an IPv6 address is written in brackets, [::1]:6379")
     else:
         host = _decode(text, host)
     if scheme in _REDIS_SCHEMES and not host:
@@ -215,9 +201,7 @@ def _parse_address(scheme: str, text: str, address: str) -> tuple[str | None, in
 
 def _check_model(text: str, shown: str, scheme: str, model: str) -> None:
     if not model:
-        raise UrlError(
-            f"{shown} names no model; write {shown.partition('?')[0].rstrip('/')}/MODEL", url=shown
-        )
+        raise UrlError(f"{shown} names no model; write {shown.partition('?')[0].rstrip('/')}/MODEL", url=shown)
     segments = model.split("/")
     if scheme in _REDIS_SCHEMES and re.fullmatch("[0-9]+", model):
         raise UrlError(

@@ -29,9 +29,7 @@ def has_weight_suffix(path: str) -> bool:
     return path.endswith(WEIGHT_SUFFIXES)
 
 
-def weight_files_of(
-    paths: Collection[str], read: Callable[[str], bytes], *, url: str | None = None
-) -> list[str]:
+def weight_files_of(paths: Collection[str], read: Callable[[str], bytes], *, url: str | None = None) -> list[str]:
     """The weight files among `paths`, sorted; `read` gives a `*.safetensors.index.json`.
 
     With several such files `model.safetensors.index.json` decides, and without it all of them
@@ -69,9 +67,7 @@ def _files_named_by(index: str, content: bytes, url: str | None) -> set[str]:
             problem = f"not JSON: {err}"
         else:
             weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
-            if isinstance(weight_map, dict) and all(
-                isinstance(file, str) for file in weight_map.values()
-            ):
+            if isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values()):
                 return set(weight_map.values())
             problem = 'no "weight_map" of tensor names to file names'
     raise FormatError(f"{index} cannot be used: {problem}", url=url, key=index)

@@ -30,9 +30,7 @@ _PRESENT = {"ConditionExpression": "attribute_exists(#k)", **_KEY}
 
 class DynamoDbConnector(KeyValueConnector):
     url_options = frozenset({"region"})
-    max_value_bytes = (
-        400 * 1024 - 4096
-    )  # an item's limit less its key (2048 bytes at most) and names
+    max_value_bytes = 400_000  # 400 KiB per item, less its key (2048 bytes at most) and names
 
     def __init__(self, url: Url, options: Options | None = None) -> None:
         super().__init__(url, options)
@@ -45,9 +43,7 @@ class DynamoDbConnector(KeyValueConnector):
         self._client.close()
 
     def get(self, key: str) -> bytes | None:
-        answer = self._call(
-            self._client.get_item, key, Key={"key": {"S": key}}, ConsistentRead=True
-        )
+        answer = self._call(self._client.get_item, key, Key={"key": {"S": key}}, ConsistentRead=True)
         return bytes(answer["Item"]["value"]["B"]) if "Item" in answer else None
 
     def set(self, key: str, buffer: Buffer, *, if_absent: bool = False) -> bool:
@@ -83,9 +79,7 @@ class DynamoDbConnector(KeyValueConnector):
             if code == "ConditionalCheckFailedException":
                 return None
             if code == "ResourceNotFoundException":
-                raise NotFoundError(
-                    f"{self.url}: no table {self._table}: create it", **place
-                ) from err
+                raise NotFoundError(f"{self.url}: no table {self._table}: create it", **place) from err
             raise UnavailableError(f"{key} at {self.url}: {err}", **place) from err
         except NoCredentialsError as err:
             raise AuthenticationError(f"{self.url}: {err}: see AWS_PROFILE", **place) from err

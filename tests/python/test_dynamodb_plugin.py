@@ -9,16 +9,16 @@ import boto3
 import moto
 import pytest
 from dynamodb_connector import DynamoDbConnector
-from tests.support.checkpoints import Checkpoint
 
 import rdmaload
 from rdmaload.connectors import KeyValueConnector, connector_for, registry
 from rdmaload.errors import NotFoundError
+from tests.support.checkpoints import Checkpoint
 
 
 @pytest.fixture(scope="module")
 def dynamodb_table() -> Iterator[str]:
-    """The name of an empty table in a DynamoDB that lives in this process; its scheme is registered."""
+    """The name of an empty table in this process's DynamoDB; its scheme is registered."""
     with pytest.MonkeyPatch.context() as patch, moto.mock_aws():
         patch.setitem(registry._registered, "dynamodb", DynamoDbConnector)
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -35,9 +35,7 @@ def dynamodb_table() -> Iterator[str]:
 
 
 def test_it_is_found_by_its_scheme_with_its_own_option(dynamodb_table: str) -> None:
-    with connector_for(
-        f"dynamodb://{dynamodb_table}/m?region=us-east-1&connections=3"
-    ) as connector:
+    with connector_for(f"dynamodb://{dynamodb_table}/m?region=us-east-1&connections=3") as connector:
         assert type(connector).__name__ == "DynamoDbConnector"
         assert connector.options.connections == 3
 
@@ -52,6 +50,7 @@ def test_a_table_that_there_is_not(dynamodb_table: str) -> None:
 def test_a_checkpoint_is_saved_and_loaded_byte_equal(
     dynamodb_table: str, model: str, tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
+    import torch
     from safetensors.torch import load_file
 
     url = f"dynamodb://{dynamodb_table}/{model}"
@@ -59,12 +58,16 @@ def test_a_checkpoint_is_saved_and_loaded_byte_equal(
     assert saved.published
     stats = rdmaload.LoadStats()
     state = rdmaload.load(url, stats=stats)
-    assert stats.path == "python" and stats.verified_bytes > 0 and stats.unverified_bytes == 0
+    assert stats.path == "python"
+    assert stats.verified_bytes > 0
+    assert stats.unverified_bytes == 0
     expected = {}
     for path in sorted(Path(tiny_checkpoint.directory).glob("*.safetensors")):
         expected |= load_file(path)
     assert state.keys() == expected.keys()
-    assert all(tensor.equal(expected[name]) for name, tensor in state.items())
+    # Compared as bytes: random bits hold NaNs, which equal nothing.
+    for name, tensor in state.items():
+        assert tensor.view(torch.uint8).equal(expected[name].view(torch.uint8)), name
     rdmaload.save(url, tmp_path / "copy")
     for path in Path(tiny_checkpoint.directory).iterdir():
         assert (tmp_path / "copy" / path.name).read_bytes() == path.read_bytes()

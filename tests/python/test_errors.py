@@ -36,9 +36,8 @@ def test_every_class_is_covered_here_and_drawn_in_the_docstring() -> None:
 @pytest.mark.parametrize("name", BUILTINS)
 def test_each_is_ours_and_the_builtin_of_its_meaning(name: str) -> None:
     cls = getattr(errors, name)
-    assert issubclass(cls, (errors.RdmaloadError,)) and all(
-        issubclass(cls, base) for base in BUILTINS[name]
-    )
+    assert issubclass(cls, (errors.RdmaloadError,))
+    assert all(issubclass(cls, base) for base in BUILTINS[name])
     with pytest.raises(BUILTINS[name], match="plain message"):
         raise cls("plain message")
 
@@ -65,7 +64,8 @@ def test_url_and_key_are_none_by_default_and_the_message_is_the_text(name: str) 
 def test_partial_load_carries_what_was_loaded() -> None:
     error = errors.PartialLoadError("half", loaded=["a", "b"], url="u")
     copy = pickle.loads(pickle.dumps(error))
-    assert copy.loaded == ["a", "b"] and copy.url == "u"
+    assert copy.loaded == ["a", "b"]
+    assert copy.url == "u"
     assert errors.PartialLoadError("none").loaded == []
 
 

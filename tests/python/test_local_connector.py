@@ -112,7 +112,7 @@ def test_errors_of_the_file_system_are_ours(connector: LocalConnector) -> None:
         connector.write("file/a", 0, [])
     with pytest.raises(RdmaloadError, match="cannot write directory in"):
         connector.write("directory", 0, [])
-    with pytest.raises(RdmaloadError, match="cannot read directory in .*: Is a directory"):
+    with pytest.raises(RdmaloadError, match=r"cannot read directory in .*: Is a directory"):
         connector.read_into("directory", 0, memoryview(bytearray(1)))
     with pytest.raises(RdmaloadError, match="cannot remove directory in"):
         connector.delete("directory")
@@ -138,9 +138,7 @@ def test_an_error_of_the_source_that_is_ours_passes_unchanged(connector: LocalCo
     assert caught.value is ours
 
 
-def test_a_relative_url_stays_where_it_was_opened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_url_stays_where_it_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with LocalConnector(parse_url("./here")) as connector:
         monkeypatch.chdir("/")

@@ -55,9 +55,7 @@ def test_the_stored_bytes() -> None:
         created="2026-01-02T03:04:05Z",
     )
     line = (
-        b'{"bytes":5,"created":"2026-01-02T03:04:05Z","files":1,"format":1,"generation":"'
-        + b"a" * 32
-        + b'",'
+        b'{"bytes":5,"created":"2026-01-02T03:04:05Z","files":1,"format":1,"generation":"' + b"a" * 32 + b'",'
         b'"identity":{},"index_bytes":42,"index_crc32c":"%08x","kind":"checkpoint","layout":{},"world_size":1,'
         b'"writer":"rdmaload 1"}\n' % crc32c(INDEX)
     )
@@ -135,7 +133,7 @@ def test_a_damaged_byte_is_an_integrity_error_that_says_what_to_do() -> None:
     ],
 )
 def test_a_wrong_shape_with_a_right_checksum_is_a_format_error(changes: dict[str, Any]) -> None:
-    with pytest.raises(FormatError, match="^manifest: "):
+    with pytest.raises(FormatError, match=r"^manifest: "):
         Manifest.decode(sealed(spelled(**changes)))
 
 
@@ -165,9 +163,7 @@ def test_other_texts_with_a_right_checksum_are_format_errors(text: str | bytes) 
 
 def test_a_newer_format_is_named_whatever_its_shape() -> None:
     for text in (spelled(format=2), '{"format":7}'):
-        with pytest.raises(
-            NotSupportedError, match=r"format [27], and this release reads up to format 1"
-        ):
+        with pytest.raises(NotSupportedError, match=r"format [27], and this release reads up to format 1"):
             Manifest.decode(sealed(text))
 
 
@@ -180,9 +176,7 @@ def test_arbitrary_bytes_raise_only_our_errors(data: bytes) -> None:
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=40),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
 )
 
 

@@ -15,7 +15,8 @@ def test_stores_are_found_by_name_and_outlive_their_connectors(model: str) -> No
         connector_for(f"memory://{model}/b") as same,
         connector_for(f"memory://{model}-2/a") as other,
     ):
-        assert isinstance(same, KeyValueConnector) and isinstance(other, KeyValueConnector)
+        assert isinstance(same, KeyValueConnector)
+        assert isinstance(other, KeyValueConnector)
         assert same.get("a/k") == b"1"
         assert other.get("a/k") is None
     forget_store(model)

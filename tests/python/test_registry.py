@@ -21,7 +21,7 @@ from rdmaload.options import Options
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(registry, "_registered", {})
-    yield
+    return
 
 
 class Plugin(MemoryConnector):
@@ -66,9 +66,7 @@ def test_a_transport_that_is_missing_is_named(url: str, missing: str) -> None:
 
 
 def test_an_unknown_scheme_lists_the_known() -> None:
-    with pytest.raises(
-        NotSupportedError, match="no connector for s3:// urls; there are file, memory, rdma, "
-    ):
+    with pytest.raises(NotSupportedError, match="no connector for s3:// urls; there are file, memory, rdma, "):
         connector_for("s3://bucket/m")
 
 
@@ -94,9 +92,7 @@ def test_a_declared_class_is_imported_on_use(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_plug_in_that_is_broken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     declare(monkeypatch, "plug", "no_such_module_here:Plugin")
-    with pytest.raises(
-        NotSupportedError, match="no_such_module_here:Plugin for plug:// cannot be imported"
-    ):
+    with pytest.raises(NotSupportedError, match="no_such_module_here:Plugin for plug:// cannot be imported"):
         connector_for("plug://s/m")
     declare(monkeypatch, "plug", "collections:OrderedDict")
     with pytest.raises(NotSupportedError, match="which is no Connector"):

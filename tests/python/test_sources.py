@@ -1,4 +1,4 @@
-"""Source files of a save: state dicts as virtual safetensors files, directories, models of a store."""
+"""Source files of a save: state dicts as virtual safetensors files, directories, stored models."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from safetensors.torch import save as safetensors_save
 from safetensors.torch import save_file
 
 from rdmaload import state_dict
+from rdmaload._save import save
 from rdmaload.connectors import connector_for
 from rdmaload.connectors.local import LocalConnector
 from rdmaload.errors import (
@@ -26,7 +27,6 @@ from rdmaload.errors import (
     StaleGenerationError,
 )
 from rdmaload.options import Options
-from rdmaload.save import save
 from rdmaload.sources import Source, SourceModel, directory_model, stored_model
 from rdmaload.state_dict import state_dict_model
 from rdmaload.urls import parse_url
@@ -70,7 +70,18 @@ def test_every_dtype_gives_the_bytes_of_the_safetensors_writer() -> None:
 
 
 def test_names_are_escaped_and_ordered_as_the_safetensors_writer_does() -> None:
-    names = ['quote"', "back\\slash", "line\nfeed", "\x01\x7f", "é", "z", "Z", "a.b", "", "\U0001f600"]
+    names = [
+        'quote"',
+        "back\\slash",
+        "line\nfeed",
+        "\x01\x7f",
+        "é",
+        "z",
+        "Z",
+        "a.b",
+        "",
+        "\U0001f600",
+    ]
     state = {name: torch.full((2,), number) for number, name in enumerate(names)}
     (source,) = model_of(state).files
     assert content(source) == safetensors_save(state, {"format": "pt"})
@@ -104,6 +115,14 @@ def test_any_range_of_any_strided_tensor_has_the_bytes_of_its_contiguous_copy(
     buffer = bytearray(length)
     state_dict.copy_bytes(tensor, start, memoryview(buffer))
     assert bytes(buffer) == expected[start : start + length]
+
+
+def test_lazy_conjugation_is_resolved() -> None:
+    tensor = torch.randn(5, dtype=torch.complex64).conj()
+    assert tensor.is_conj()
+    assert tensor.is_contiguous()
+    (source,) = model_of({"t": tensor}).files
+    assert content(source) == safetensors_save({"t": tensor.resolve_conj().clone()}, {"format": "pt"})
 
 
 def test_lazy_negation_is_resolved() -> None:
@@ -182,9 +201,7 @@ def test_files_of_at_most_the_limit_and_a_list_of_them(monkeypatch: pytest.Monke
 def test_ranks_name_their_files() -> None:
     model = model_of({"a": torch.ones(1)}, rank=2)
     assert (model.kind, model.world_size) == ("sharded", 4)
-    assert [(file.path, file.rank) for file in model.files] == [
-        ("model-rank-2-part-0.safetensors", 2)
-    ]
+    assert [(file.path, file.rank) for file in model.files] == [("model-rank-2-part-0.safetensors", 2)]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -199,7 +216,7 @@ def test_what_cannot_be_saved_is_refused_by_name() -> None:
         (torch.ones(2, device="meta"), "meta"),
         (torch.ones(2, dtype=torch.complex128), "complex128"),
     ):
-        with pytest.raises(NotSupportedError, match="layer.weight") as caught:
+        with pytest.raises(NotSupportedError, match=r"layer\.weight") as caught:
             model_of({"fine": torch.ones(1), "layer.weight": value})
         assert reason in str(caught.value)
     for name in (7, "__metadata__", "\ud800"):
@@ -269,9 +286,7 @@ def test_a_changed_file_is_noticed(tmp_path: Path, how: str) -> None:
     source.close()
     with pytest.raises(IntegrityError):
         content(source)
-    assert source.fingerprint() != open_directory(tmp_path).files[0].fingerprint() if (
-        how != "remove"
-    ) else True
+    assert source.fingerprint() != open_directory(tmp_path).files[0].fingerprint() if (how != "remove") else True
     model.close()
 
 
@@ -325,9 +340,7 @@ def stored(tmp_path: Path, model: str) -> tuple[str, dict[str, bytes]]:
 
 
 @pytest.mark.parametrize("step", [1, 300, 1000, 1500, 2000, 10_000])
-def test_a_stored_model_reads_by_any_range(
-    stored: tuple[str, dict[str, bytes]], step: int
-) -> None:
+def test_a_stored_model_reads_by_any_range(stored: tuple[str, dict[str, bytes]], step: int) -> None:
     url, files = stored
     with connector_for(url) as connector:
         model = stored_model(connector, Options())

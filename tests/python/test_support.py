@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 
+from benchmarks import machine, paired, sglang_way
 from tests.support import checkpoints, faults, resp
 from tests.support.fault_proxy import FaultProxy
 from tests.support.scripted_server import ScriptedServer, answers_from
@@ -414,3 +418,78 @@ def test_given_bytes_are_written(tmp_path: Path) -> None:
     spec, found = checkpoints.read_safetensors(tmp_path / "a.safetensors")["a"]
     assert spec == checkpoints.TensorSpec("F32", (2,))
     assert found == data["a"]
+
+
+# Measuring
+
+
+def test_a_measured_run_has_its_own_process_and_its_failures_are_told() -> None:
+    pid = os.getpid()
+    answer = paired.in_child(lambda: {"own": os.getpid() != pid})
+    assert answer == {"own": True}
+    with pytest.raises(paired.TrialFailed, match="ZeroDivisionError"):
+        paired.in_child(lambda: {"never": 1 // 0})
+    with pytest.raises(paired.TrialFailed, match="exit code 7"):
+        paired.in_child(lambda: os._exit(7))
+    with pytest.raises(paired.TrialFailed, match=r"more than 0\.1 seconds"):
+        paired.in_child(lambda: {"late": threading.Event().wait(60)}, limit=0.1)
+
+
+def test_a_comparison_finds_the_faster_way_and_checks_both() -> None:
+    def check(answer: object) -> None:
+        assert answer == b"right"
+
+    def way(name: str, seconds: float, answer: bytes = b"right") -> paired.Way:
+        def run() -> bytes:
+            time.sleep(seconds)
+            return answer
+
+        return paired.Way(name, run, check=check, server_pid=os.getppid)
+
+    found: Any = paired.compare(way("fast", 0.01), [way("slow", 0.03)], 1000, pairs=3)
+    comparison = found["against"]["slow"]
+    low, high = comparison["interval_95"]
+    assert 1.5 < low <= comparison["median_ratio"] <= high < 4
+    assert len(comparison["ways"]["fast"]["all_gb_per_s"]) == 3
+    assert comparison["ways"]["fast"]["server_cpu_s_per_gb"]["median"] >= 0
+    with pytest.raises(paired.TrialFailed, match="AssertionError"):
+        paired.compare(way("fast", 0), [way("wrong", 0, b"wrong")], 1000, pairs=3)
+
+
+def test_the_interval_of_equal_ratios_is_a_point_and_of_others_contains_their_median() -> None:
+    assert paired.bootstrap_interval([2.0] * 15) == (2.0, 2.0)
+    ratios = [1.0, 1.1, 1.2, 1.3, 5.0]
+    low, high = paired.bootstrap_interval(ratios)
+    assert 1.0 <= low < 1.2 < high <= 5.0
+    assert paired.bootstrap_interval(ratios) == (low, high)
+
+
+def test_the_congestion_control_is_restored() -> None:
+    before = machine.congestion_control()
+    with machine.server_congestion_control("no-such-algorithm") as in_force:
+        assert not in_force
+    with machine.server_congestion_control("reno") as in_force:
+        assert in_force == (machine.congestion_control() == "reno")
+    assert machine.congestion_control() == before
+
+
+def test_files_leave_and_enter_the_page_cache(tmp_path: Path) -> None:
+    checkpoint = checkpoints.llama_like(tmp_path / "model", 2.5e6)
+    if machine.cached_fraction(checkpoint.directory) is None:
+        pytest.skip("cachestat needs Linux 6.5")
+    machine.warm_page_cache(checkpoint.directory)
+    assert machine.cached_fraction(checkpoint.directory) == 1
+    assert all(path.stat().st_blocks for path in checkpoint.weight_files)
+
+
+def test_the_sglang_way_loads_what_it_stored(
+    redis_server: RedisServer, model: str, tiny_checkpoint: checkpoints.Checkpoint
+) -> None:
+    with redis_server.client() as client:
+        sglang_way.store(client, model, tiny_checkpoint.directory)
+    for hiredis in (True, False):
+        with sglang_way.connect(redis_server.host, redis_server.port, hiredis=hiredis) as client:
+            parser = client.connection_pool.make_connection()._parser
+            assert ("Hiredis" in type(parser).__name__) == hiredis
+            state = sglang_way.load(client, model)
+        assert checkpoints.compare(state, tiny_checkpoint.directory) == tiny_checkpoint.bytes

@@ -193,9 +193,5 @@ def test_arbitrary_text_is_parsed_or_refused_as_a_url_error(text: str) -> None:
 
 
 def test_which_option_names_are_secret() -> None:
-    assert all(
-        is_secret_option(name) for name in ("password", "api_key", "token", "X-Amz-Signature")
-    )
-    assert not any(
-        is_secret_option(name) for name in ("password_file", "password_env", "db", "monkey")
-    )
+    assert all(is_secret_option(name) for name in ("password", "api_key", "token", "X-Amz-Signature"))
+    assert not any(is_secret_option(name) for name in ("password_file", "password_env", "db", "monkey"))

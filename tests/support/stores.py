@@ -1,6 +1,6 @@
-"""In-memory stores that die, dawdle or lie at a chosen operation, and a plain reader of what a save left.
+"""In-memory stores that die or dawdle at a chosen operation, and a plain reader of what a save left.
 
-`read_model` knows the format by itself: it checks every checksum and uses no reader of the package but the decoders.
+`read_model` checks every checksum by itself; of the package it uses only the decoders.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Killed(BaseException):
 
 
 class Die:
-    """Dies at operation number `at`, before or after its effect. Every later operation fails too."""
+    """Dies at operation number `at`, before or after its effect; all later operations fail too."""
 
     def __init__(self, at: int | None = None, *, after: bool = False) -> None:
         self.at = at
@@ -89,9 +89,7 @@ class ScriptedConnector(MemoryConnector):
         return self._run("get", key, lambda: MemoryConnector.get(self, key))
 
     def set(self, key: str, buffer: Buffer, *, if_absent: bool = False) -> bool:
-        return self._run(
-            "set", key, lambda: MemoryConnector.set(self, key, buffer, if_absent=if_absent)
-        )
+        return self._run("set", key, lambda: MemoryConnector.set(self, key, buffer, if_absent=if_absent))
 
     def exists(self, key: str) -> bool:
         return self._run("exists", key, lambda: MemoryConnector.get(self, key) is not None)

@@ -16,15 +16,16 @@ size_t bulk_header_bytes(uint64_t length) { return 1 + std::to_string(length).si
 
 }  // namespace
 
-Connection::Connection(const Endpoint& endpoint)
+Connection::Connection(const Endpoint& endpoint, const GiveUp& give_up)
     : endpoint_(endpoint),
-      socket_(Socket::connect(endpoint.host, endpoint.port, Deadline::after(endpoint.connect_timeout))),
+      socket_(
+          Socket::connect(endpoint.host, endpoint.port, Deadline::after(endpoint.connect_timeout), give_up)),
       last_activity_(Clock::now()),
       scratch_(kScratchBytes) {
-  handshake();
+  handshake(give_up);
 }
 
-void Connection::handshake() {
+void Connection::handshake(const GiveUp& give_up) {
   const Deadline deadline = Deadline::after(endpoint_.connect_timeout);
   const auto expect_ok = [this](const Reply& reply, const char* what) {
     if (reply.type != Type::kError) return;
@@ -35,19 +36,21 @@ void Connection::handshake() {
   const std::string& password = endpoint_.password;
   if (endpoint_.protocol == 3) {
     const std::string_view name = user.empty() ? "default" : std::string_view(user);
-    expect_ok(password.empty() ? command({"HELLO", "3"}, deadline)
-                               : command({"HELLO", "3", "AUTH", name, password}, deadline),
+    expect_ok(password.empty() ? command({"HELLO", "3"}, deadline, give_up)
+                               : command({"HELLO", "3", "AUTH", name, password}, deadline, give_up),
               "HELLO 3");
   } else if (!password.empty()) {
-    expect_ok(user.empty() ? command({"AUTH", password}, deadline) : command({"AUTH", user, password}, deadline),
+    expect_ok(user.empty() ? command({"AUTH", password}, deadline, give_up)
+                           : command({"AUTH", user, password}, deadline, give_up),
               "AUTH");
   }
   if (endpoint_.database != 0) {
-    expect_ok(command({"SELECT", std::to_string(endpoint_.database)}, deadline), "SELECT");
+    expect_ok(command({"SELECT", std::to_string(endpoint_.database)}, deadline, give_up), "SELECT");
   }
 }
 
-Reply Connection::command(std::initializer_list<std::string_view> arguments, Deadline deadline) {
+Reply Connection::command(std::initializer_list<std::string_view> arguments, Deadline deadline,
+                          const GiveUp& give_up) {
   append_command(out_, arguments);
   for (;;) {
     bool moved = send_some();
@@ -61,12 +64,14 @@ Reply Connection::command(std::initializer_list<std::string_view> arguments, Dea
       in_.append(reinterpret_cast<const char*>(piece.data()), got);
       moved = true;
     }
+    if (give_up()) throw Error(ErrorCode::kCancelled, "connecting to " + endpoint_.name + " was cancelled");
     if (moved) continue;
     if (deadline.passed()) {
-      throw Error(ErrorCode::kTimeout, endpoint_.name + ": the server accepted the connection but did not answer " +
+      throw Error(ErrorCode::kTimeout, endpoint_.name +
+                                           ": the server accepted the connection but did not answer " +
                                            std::string(*arguments.begin()) + " in time");
     }
-    socket_.wait(true, out_sent_ < out_.size(), deadline.poll_milliseconds(1000));
+    socket_.wait(true, out_sent_ < out_.size(), deadline.poll_milliseconds(kGiveUpPollMilliseconds));
   }
 }
 
@@ -113,11 +118,12 @@ void Connection::fail_all(const Status& first) noexcept {
   for (Read* read : reads) {
     if (read->owner->cancelled()) {
       read->owner->complete(*read, Status(ErrorCode::kCancelled, "the read was cancelled"));
-    } else if (head) {
+    } else if (head || first.code() == ErrorCode::kCancelled) {
       read->owner->complete(*read, first);
     } else {
-      read->owner->complete(
-          *read, Status(ErrorCode::kUnavailable, context(*read) + ": the connection was lost (" + first.message() + ")"));
+      read->owner->complete(*read,
+                            Status(ErrorCode::kUnavailable,
+                                   context(*read) + ": the connection was lost (" + first.message() + ")"));
     }
     head = false;
   }
@@ -168,10 +174,14 @@ bool Connection::receive_header() {
       const size_t consumed = header->consumed;
       switch (header->type) {
         case Type::kBulk:
+          if (in_[0] != '$') {
+            throw Error(ErrorCode::kFormat,
+                        context(read) + ": the server answered with a text or an error, not a value");
+          }
           if (header->length == 0 && read.length != read.object_bytes) {  // GETRANGE of an absent key
             throw Error(ErrorCode::kNotFound, context(read) + ": there is no such key");
           }
-          if (in_[0] != '$' || static_cast<uint64_t>(header->length) != read.length) {
+          if (static_cast<uint64_t>(header->length) != read.length) {
             throw Error(ErrorCode::kIntegrity, context(read) + ": the value has " +
                                                    std::to_string(header->length) + " bytes, expected " +
                                                    std::to_string(read.length));
@@ -190,7 +200,8 @@ bool Connection::receive_header() {
           return true;
         }
         default:
-          throw Error(ErrorCode::kFormat, context(read) + ": the server answered GET with a reply that is no value");
+          throw Error(ErrorCode::kFormat,
+                      context(read) + ": the server answered GET with a reply that is no value");
       }
     }
     std::array<std::byte, 64> piece;

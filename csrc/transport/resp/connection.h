@@ -1,7 +1,8 @@
 // One RESP connection with pipelined GETs, whose values are received straight into their final place.
 //
-// Belongs to one worker thread. Reads that were handed to it and not completed are in its in-flight queue; when anything
-// goes wrong with the stream, an Error is thrown and the worker takes them back with fail_all().
+// Belongs to one worker thread. Reads that were handed to it and not completed are in its in-flight queue;
+// when anything goes wrong with the stream, an Error is thrown and the worker takes them back with
+// fail_all().
 #pragma once
 
 #include <array>
@@ -31,24 +32,25 @@ struct Endpoint {
 
 class Connection {
  public:
-  // Connects, authenticates and selects the database. Throws.
-  explicit Connection(const Endpoint& endpoint);
+  // Connects, authenticates and selects the database. Throws; kCancelled when `give_up` said so.
+  Connection(const Endpoint& endpoint, const GiveUp& give_up);
 
   bool idle() const noexcept { return in_flight_.empty(); }
   uint64_t in_flight_bytes() const noexcept { return in_flight_bytes_; }
   // Queues the request; it is sent by the next turn().
   void enqueue(Read& read);
   // Sends and receives what can be moved now, waiting up to `milliseconds` when nothing can. Completes reads.
-  // Throws kTimeout when the server has been silent for the inactivity time-out while requests were in flight.
+  // Throws kTimeout when the server has been silent for the inactivity time-out while requests were in
+  // flight.
   void turn(int milliseconds);
   bool has_cancelled_reads() const noexcept;
-  // Completes every read in flight: the one whose reply was being read with `first`, the others with kUnavailable (it was
-  // not their fault) or, when cancelled, with kCancelled.
+  // Completes every read in flight: the one whose reply was being read with `first`, the others with
+  // kUnavailable (it was not their fault) or, when cancelled, with kCancelled.
   void fail_all(const Status& first) noexcept;
 
  private:
-  Reply command(std::initializer_list<std::string_view> arguments, Deadline deadline);
-  void handshake();
+  Reply command(std::initializer_list<std::string_view> arguments, Deadline deadline, const GiveUp& give_up);
+  void handshake(const GiveUp& give_up);
   bool send_some();
   bool receive_some();
   bool receive_header();
@@ -63,14 +65,13 @@ class Connection {
 
   const Endpoint& endpoint_;
   Socket socket_;
-  std::string out_;     // requests not yet sent
+  std::string out_;  // requests not yet sent
   size_t out_sent_ = 0;
-  std::string in_;      // reply bytes outside of payloads: header lines, trailers, errors
+  std::string in_;  // reply bytes outside of payloads: header lines, trailers, errors
   std::deque<Read*> in_flight_;
   uint64_t in_flight_bytes_ = 0;
   State state_ = State::kHeader;
   SegmentCursor cursor_;
-  Status pending_;  // what the read at the front ends with after its trailer
   Clock::time_point last_activity_;
   HostArena scratch_;
 };

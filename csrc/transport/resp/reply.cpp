@@ -24,7 +24,8 @@ int64_t parse_integer(std::string_view text, int64_t minimum, int64_t maximum) {
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
   if (error != std::errc() || end != text.data() + text.size() || text.empty() || value < minimum ||
       value > maximum) {
-    throw Error(ErrorCode::kFormat, "the server sent '" + printable(text) + "' where a length or number belongs");
+    throw Error(ErrorCode::kFormat,
+                "the server sent '" + printable(text) + "' where a length or number belongs");
   }
   return value;
 }
@@ -33,9 +34,11 @@ bool starts_with_word(std::string_view text, std::string_view word) {
   return text.starts_with(word) && (text.size() == word.size() || text[word.size()] == ' ');
 }
 
-std::optional<Reply> parse_nested(std::string_view bytes, size_t& consumed, int depth, int64_t& elements_left) {
+std::optional<Reply> parse_nested(std::string_view bytes, size_t& consumed, int depth,
+                                  int64_t& elements_left) {
   const auto header = parse_header(bytes);
   if (!header) return std::nullopt;
+  const bool blob_error = bytes[0] == '!';
   Reply reply;
   reply.type = header->type;
   reply.text = header->text;
@@ -52,6 +55,7 @@ std::optional<Reply> parse_nested(std::string_view bytes, size_t& consumed, int 
       throw Error(ErrorCode::kFormat, "a bulk string does not end with CRLF");
     }
     reply.text = bytes.substr(0, length);
+    if (blob_error) reply.type = Type::kError;
     consumed += length + 2;
   } else if (header->type == Type::kAggregate) {
     if (depth >= kMaxReplyDepth || header->length > elements_left) {
@@ -80,7 +84,8 @@ std::optional<Header> parse_header(std::string_view bytes) {
   }
   const size_t end = bytes.substr(0, kMaxLineBytes).find('\r');
   if (end == std::string_view::npos || end + 1 == bytes.size()) {
-    if (bytes.size() >= kMaxLineBytes) throw Error(ErrorCode::kFormat, "a line of the server's reply is too long");
+    if (bytes.size() >= kMaxLineBytes)
+      throw Error(ErrorCode::kFormat, "a line of the server's reply is too long");
     return std::nullopt;
   }
   if (bytes[end + 1] != '\n') {
@@ -142,16 +147,20 @@ std::optional<Reply> parse_reply(std::string_view bytes, size_t& consumed) {
 }
 
 Status status_of_error(std::string_view text, std::string_view context) {
+  // "unknown command 'AUTH', with args beginning with: ..." repeats what we sent, a password too.
+  text = text.substr(0, text.find(", with args"));
   const auto is = [text](std::string_view word) { return starts_with_word(text, word); };
   const std::string said = std::string(context) + ": the server answered '" + printable(text) + "'";
-  if (is("NOAUTH") || is("WRONGPASS") || is("NOPERM") || is("DENIED") || text.starts_with("ERR invalid password") ||
-      text.starts_with("ERR AUTH") || text.starts_with("ERR Client sent AUTH")) {
+  if (is("NOAUTH") || is("WRONGPASS") || is("NOPERM") || is("DENIED") ||
+      text.starts_with("ERR invalid password") || text.starts_with("ERR AUTH") ||
+      text.starts_with("ERR Client sent AUTH")) {
     return Status(ErrorCode::kAuthentication, said + "; check user, password and the user's ACL");
   }
   if (is("MOVED") || is("ASK") || is("CROSSSLOT")) {
     return Status(ErrorCode::kNotSupported,
-                  said + "; it is a node of a cluster, which redis:// does not follow (redis+cluster:// is not "
-                         "supported yet): use a server without cluster mode");
+                  said +
+                      "; it is a node of a cluster, which redis:// does not follow (redis+cluster:// is not "
+                      "supported yet): use a server without cluster mode");
   }
   if (is("OOM")) {
     return Status(ErrorCode::kUnavailable,

@@ -1,7 +1,8 @@
 // RESP2 and RESP3 replies: a parser that does no I/O.
 //
-// parse_header() reads one type line; parse_reply() a whole small reply (the answers to AUTH, HELLO, SELECT). Both are
-// pure functions of the bytes received so far. Values of weights never pass through here: only their header line does.
+// parse_header() reads one type line; parse_reply() a whole small reply (the answers to AUTH, HELLO, SELECT).
+// Both are pure functions of the bytes received so far. Values of weights never pass through here: only their
+// header line does.
 #pragma once
 
 #include <cstddef>
@@ -23,8 +24,9 @@ enum class Type { kSimple, kError, kInteger, kBulk, kAggregate, kNull, kOther };
 struct Header {
   Type type;
   std::string_view text;  // of simple strings, errors and others: views the input
-  int64_t length = 0;     // bytes of a bulk, elements of an aggregate (maps count keys and values), an integer's value
-  size_t consumed = 0;    // bytes of the line, CRLF included
+  int64_t length =
+      0;  // bytes of a bulk, elements of an aggregate (maps count keys and values), an integer's value
+  size_t consumed = 0;  // bytes of the line, CRLF included
 };
 
 // nullopt: more bytes are needed. Throws Error(kFormat) for what can never become a reply.

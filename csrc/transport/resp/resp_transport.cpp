@@ -4,6 +4,7 @@
 #include <exception>
 #include <optional>
 
+#include "core/thread_name.h"
 #include "transport/threaded_transport.h"
 
 namespace rdmaload::resp {
@@ -35,9 +36,16 @@ void RespTransport::submit(Read& read, Clock::time_point not_before) {
 void RespTransport::cancel(const ReadOwner& owner) { complete_all_cancelled(queue_.remove(owner)); }
 
 void RespTransport::work() {
+  name_this_thread("rdmaload-resp");
   const uint64_t share =
       std::max<uint64_t>(1, options_.bytes_in_flight / static_cast<uint64_t>(options_.connections));
   std::optional<Connection> connection;
+  // On a connection, a read whose owner gave up would cost the others there theirs.
+  const auto given_up = [](Read* read) {
+    if (!read->owner->cancelled()) return false;
+    complete_all_cancelled({read});
+    return true;
+  };
   auto pause = kFirstReconnectPause;
   while (!queue_.stopped()) {
     Read* next = nullptr;
@@ -48,14 +56,17 @@ void RespTransport::work() {
         connection.reset();
         continue;
       }
+      if (given_up(next)) continue;
     }
     try {
-      if (!connection) connection.emplace(options_.endpoint);
+      if (!connection) {
+        connection.emplace(options_.endpoint, [&] { return queue_.stopped() || next->owner->cancelled(); });
+      }
       if (next != nullptr) connection->enqueue(*std::exchange(next, nullptr));
       while (connection->in_flight_bytes() < share) {
         Read* more = queue_.try_pop();
         if (more == nullptr) break;
-        connection->enqueue(*more);
+        if (!given_up(more)) connection->enqueue(*more);
       }
       connection->turn(kPollMilliseconds);
       pause = kFirstReconnectPause;
@@ -64,8 +75,8 @@ void RespTransport::work() {
       }
     } catch (const std::exception& failure) {
       const auto* error = dynamic_cast<const Error*>(&failure);
-      const Status status = error != nullptr ? Status::from(*error)
-                                             : Status(ErrorCode::kUnavailable, failure.what());
+      const Status status =
+          error != nullptr ? Status::from(*error) : Status(ErrorCode::kUnavailable, failure.what());
       if (next != nullptr) {  // could not connect: the read waits out the pause with the worker
         const auto until = Clock::now() + pause;
         while (!queue_.stopped() && !next->owner->cancelled() && Clock::now() < until) {

@@ -1,8 +1,9 @@
 // Reads from a Redis or Valkey server over TCP: N connections, each pipelined, values received in place.
 //
-// One thread per connection owns its socket. Requests wait in one queue; a connection takes the next one when its share
-// of bytes_in_flight has room (the server's reply buffers count against its maxmemory, so the bound is on bytes). A lost
-// connection fails its reads and is made anew, with growing pauses, when there is more to read.
+// One thread per connection owns its socket. Requests wait in one queue; a connection takes the next one when
+// its share of bytes_in_flight has room (the server's reply buffers count against its maxmemory, so the bound
+// is on bytes). A lost connection fails its reads and is made anew, with growing pauses, when there is more
+// to read.
 #pragma once
 
 #include <thread>

@@ -33,9 +33,7 @@ __all__ = ["MODELS_KEY", "Connector", "FileConnector", "FileInfo", "KeyValueConn
 MODELS_KEY = "rdmaload:models"
 """Names of models in a store: a hint for listing, never relied on."""
 
-_DELETE_BATCH = (
-    1000  # keys per call: bounds memory here and the time that a store is busy with one request
-)
+_DELETE_BATCH = 1000  # keys per call: bounds memory here and the time that a store is busy with one request
 
 
 class Connector(ABC):  # noqa: B024  (its two subclasses have the abstract methods)
@@ -74,13 +72,12 @@ class Connector(ABC):  # noqa: B024  (its two subclasses have the abstract metho
         """A new native transport that reads this store without Python; None when there is none."""
         return None
 
-    def weight_iterator(
-        self, rank: int | None = None, **arguments: object
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def weight_iterator(self, rank: int | None = None, **arguments: object) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors of the model; arguments are those of `Model.weight_iterator`."""
         from rdmaload.model import Model
 
-        yield from Model(self).weight_iterator(rank, **arguments)
+        # Model checks the names; its parameters repeated here would be a second list to keep.
+        yield from Model(self).weight_iterator(rank, **arguments)  # type: ignore[arg-type]
 
     def pull_files(
         self,
@@ -92,16 +89,12 @@ class Connector(ABC):  # noqa: B024  (its two subclasses have the abstract metho
         """Copy files (by default all but weights) to `target`; see `Model.pull_files`."""
         from rdmaload.model import Model
 
-        pulled: Path = Model(self).pull_files(
-            target, allow_pattern=allow_pattern, ignore_pattern=ignore_pattern
-        )
+        pulled: Path = Model(self).pull_files(target, allow_pattern=allow_pattern, ignore_pattern=ignore_pattern)
         return pulled
 
     def _check_open(self) -> None:
         if self._closed:
-            raise UnavailableError(
-                f"the connector for {self.url} is closed: open another", url=self.url
-            )
+            raise UnavailableError(f"the connector for {self.url} is closed: open another", url=self.url)
 
 
 class KeyValueConnector(Connector):
@@ -213,8 +206,7 @@ class KeyValueConnector(Connector):
         view = memoryview(buffer).cast("B")
         if len(view) > self.max_value_bytes:
             raise NotSupportedError(
-                f"{key} needs {len(view)} bytes, and {self.url} holds at most "
-                f"{self.max_value_bytes} per value",
+                f"{key} needs {len(view)} bytes, and {self.url} holds at most {self.max_value_bytes} per value",
                 url=self.url,
                 key=key,
             )

@@ -83,6 +83,8 @@ class LocalConnector(FileConnector):
                             info = self._info(entry, path)
                             if info is not None:
                                 yield info
+            except RdmaloadError:
+                raise  # some of ours are OSErrors too
             except OSError as err:
                 raise self._translated(err, prefix, "list") from err
 
@@ -93,8 +95,7 @@ class LocalConnector(FileConnector):
             if not entry.is_symlink():
                 return None  # removed while we looked
             raise NotFoundError(
-                f"{path} in {self.url} is a link to a file that does not exist: "
-                "the copy of the model is incomplete",
+                f"{path} in {self.url} is a link to a file that does not exist: the copy of the model is incomplete",
                 url=self.url,
                 key=path,
             ) from err
@@ -103,9 +104,7 @@ class LocalConnector(FileConnector):
         try:
             check_path(path)
         except FormatError as err:
-            raise FormatError(
-                f"a file in {self.url} cannot be part of a model: {err}", url=self.url
-            ) from err
+            raise FormatError(f"a file in {self.url} cannot be part of a model: {err}", url=self.url) from err
         return FileInfo(path, status.st_size, _etag(status))
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> int:
@@ -125,14 +124,10 @@ class LocalConnector(FileConnector):
 
     def write(self, path: str, size: int, blocks: Iterable[memoryview]) -> None:
         target = self._place(path)
-        temporary = target.with_name(
-            f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}"
-        )
+        temporary = target.with_name(f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(
-                temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666
-            )
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except OSError as err:
             raise self._translated(err, path, "write") from err
         try:
@@ -150,9 +145,9 @@ class LocalConnector(FileConnector):
                     raise ValueError(f"{path}: {written} bytes were given for a file of {size}")
                 os.fsync(file.fileno())
             os.replace(temporary, target)
+        except RdmaloadError:
+            raise
         except OSError as err:
-            if isinstance(err, RdmaloadError):
-                raise
             raise self._translated(err, path, "write") from err
         finally:
             temporary.unlink(missing_ok=True)

@@ -98,8 +98,7 @@ class RedisConnector(KeyValueConnector):
         missing = _MISSING_TRANSPORTS.get(url.scheme)
         if missing is not None:
             raise NotSupportedError(
-                f"{self.url} needs {missing}, which this release does not have; "
-                "redis:// and valkey:// (TCP) work",
+                f"{self.url} needs {missing}, which this release does not have; redis:// and valkey:// (TCP) work",
                 url=self.url,
             )
         self._password = self.options.read_password(url=self.url)
@@ -107,18 +106,14 @@ class RedisConnector(KeyValueConnector):
         self._port = url.port or 6379
         self._reached = False  # Only ever becomes true; a stale read costs one shorter deadline.
         self._pool_lock = threading.Lock()
-        self._client: Any = (
-            self._new_client()
-        )  # Any: redis-py declares every result as maybe awaitable.
+        self._client: Any = self._new_client()  # Any: redis-py declares every result as maybe awaitable.
 
     def _new_client(self) -> redis.Redis:
         options = self.options
         credentials = None
         if self._password is not None or options.username is not None:
             # A provider rather than arguments: those show in redis-py's reprs.
-            credentials = redis.UsernamePasswordCredentialProvider(
-                options.username, self._password or ""
-            )
+            credentials = redis.UsernamePasswordCredentialProvider(options.username, self._password or "")
         pool = redis.ConnectionPool(
             host=self._host,
             port=self._port,
@@ -280,9 +275,7 @@ class RedisConnector(KeyValueConnector):
             if not _may_pass(failure) or time.monotonic() - started + pause > patience:
                 break
             if attempts == 1:
-                _log.warning(
-                    "%s: %s; trying again for %g s", self.url, self._text_of(failure), patience
-                )
+                _log.warning("%s: %s; trying again for %g s", self.url, self._text_of(failure), patience)
             time.sleep(pause)
         # Raised here, outside of the handler: the failure is attached only where it shows no
         # secret.

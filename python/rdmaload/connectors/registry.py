@@ -61,9 +61,7 @@ def connector_class(scheme: str) -> type[Connector]:
         cls = _registered.get(scheme)
     if cls is not None:
         return cls
-    plugins = {
-        point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
-    }
+    plugins = {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
     if scheme in _BUILT_IN:
         module, _, name = _BUILT_IN[scheme].partition(":")
         found = getattr(importlib.import_module(module), name)
@@ -81,15 +79,11 @@ def connector_class(scheme: str) -> type[Connector]:
             f"one by the entry-point group {ENTRY_POINT_GROUP} or register_connector()"
         )
     if not (isinstance(found, type) and issubclass(found, Connector)):
-        raise NotSupportedError(
-            f"the plug-in for {scheme}:// urls gives {found!r}, which is no Connector"
-        )
+        raise NotSupportedError(f"the plug-in for {scheme}:// urls gives {found!r}, which is no Connector")
     return found
 
 
-def connector_for(
-    url: str | PathLike[str] | Url, options: Options | None = None, **keywords: object
-) -> Connector:
+def connector_for(url: str | PathLike[str] | Url, options: Options | None = None, **keywords: object) -> Connector:
     """A connector for `url`. Nothing is connected yet. Close it, or use it in a `with`.
 
     >>> with connector_for("memory://example/llama") as connector:

@@ -34,7 +34,7 @@ _log = logging.getLogger("rdmaload")
 _ALIVE_SECONDS = 120.0
 
 _HEX = "[0-9a-f]{32}"
-_CHUNK_KEY = re.compile(rf"({_HEX})/(?:index|([0-9]{{1,16}})/([0-9]{{1,16}}))", re.ASCII)
+_CHUNK_KEY = re.compile(rf"({_HEX})/(?:index|manifest|([0-9]{{1,16}})/([0-9]{{1,16}}))", re.ASCII)
 _SAVING_KEY = re.compile(
     r"([A-Za-z0-9._-]{1,128})/(?:generation|beat|"
     rf"{_HEX}/(?:claims/[0-9]+|journal/(?:all|[0-9]+)/{_HEX}|parts/[0-9]+))",
@@ -143,8 +143,10 @@ def models(
 
 def _scan(connector: KeyValueConnector) -> Iterator[str]:
     for key in connector.list(""):
-        if key.endswith("/manifest"):
-            yield key.removesuffix("/manifest")
+        name = key.removesuffix("/manifest")
+        # A model's name has no segment "chunks": what looks like it is a generation's copy of its manifest.
+        if name != key and "/chunks/" not in name:
+            yield name
 
 
 def _is_model(connector: KeyValueConnector, name: str) -> bool:
@@ -157,23 +159,18 @@ def _is_model(connector: KeyValueConnector, name: str) -> bool:
         return False
 
 
-def _key_value(
-    url: str | os.PathLike[str], options: Options | None, opts: dict[str, object]
-) -> KeyValueConnector:
+def _key_value(url: str | os.PathLike[str], options: Options | None, opts: dict[str, object]) -> KeyValueConnector:
     connector = connector_for(url, options, **opts)
     if isinstance(connector, KeyValueConnector):
         return connector
     connector.close()
     raise NotSupportedError(
-        f"{connector.url} keeps plain files: there is nothing to prune, and to remove the model "
-        "remove its directory.",
+        f"{connector.url} keeps plain files: there is nothing to prune, and to remove the model remove its directory.",
         url=connector.url,
     )
 
 
-def _keys(
-    connector: KeyValueConnector, name: str, pattern: re.Pattern[str]
-) -> Iterator[tuple[str, re.Match[str]]]:
+def _keys(connector: KeyValueConnector, name: str, pattern: re.Pattern[str]) -> Iterator[tuple[str, re.Match[str]]]:
     """The keys `{model}/{name}/...` whose rest matches: others belong to other models."""
     prefix = f"{connector.model}/{name}/"
     for key in connector.list(prefix):
@@ -276,11 +273,7 @@ class _Pruner:
         self._stats.keys += self._connector.delete(keys.generation)
         self._stats.keys += delete_keys(
             self._connector,
-            (
-                key
-                for key, match in _keys(self._connector, "saving", _SAVING_KEY)
-                if match[1] == save_id
-            ),
+            (key for key, match in _keys(self._connector, "saving", _SAVING_KEY) if match[1] == save_id),
         )
         self._stats.saves += 1
         return True

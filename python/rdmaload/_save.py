@@ -29,7 +29,7 @@ from rdmaload.options import Options
 from rdmaload.publish import Publisher
 from rdmaload.sources import SourceModel, directory_model, read_index, stored_model
 from rdmaload.stats import Progress, SaveStats
-from rdmaload.upload import Upload
+from rdmaload.upload import Overtaken, Upload
 from rdmaload.urls import parse_url
 
 if TYPE_CHECKING:
@@ -99,9 +99,7 @@ def save(
             watch = _Watch(model, connector.options.timeout, progress, started, connector.url)
             watch.stages["plan"] = time.perf_counter() - started
             if isinstance(connector, KeyValueConnector):
-                stats = _KeyValueSave(
-                    connector, model, rank, save_id, overwrite=overwrite, watch=watch
-                ).run()
+                stats = _KeyValueSave(connector, model, rank, save_id, overwrite=overwrite, watch=watch).run()
             elif isinstance(connector, FileConnector):
                 _check_places(source, connector)
                 save_files(
@@ -130,9 +128,7 @@ def _check_arguments(rank: int | None, world_size: int | None, save_id: str | No
     if (rank is None) != (world_size is None):
         raise ValueError("rank and world_size go together")
     if rank is not None and world_size is not None and not 0 <= rank < world_size:
-        raise ValueError(
-            f"rank {rank} is not one of 0 to {world_size - 1} (world_size {world_size})"
-        )
+        raise ValueError(f"rank {rank} is not one of 0 to {world_size - 1} (world_size {world_size})")
     if save_id is not None and not SAVE_ID.fullmatch(save_id):
         raise ValueError(f"save_id {save_id[:200]!r} is not 1 to 128 of A-Z a-z 0-9 . _ -")
     if save_id is None and world_size is not None and world_size > 1:
@@ -150,9 +146,7 @@ def _source_model(source: object, rank: int | None, world_size: int | None) -> S
             if isinstance(connector, LocalConnector):
                 return directory_model(connector, connector.root, rank=rank, world_size=world_size)
             if rank is not None:
-                raise ValueError(
-                    f"{connector.url} is a model with ranks of its own: copy it without rank="
-                )
+                raise ValueError(f"{connector.url} is a model with ranks of its own: copy it without rank=")
             model = stored_model(connector, connector.options)
         except BaseException:
             connector.close()
@@ -166,9 +160,7 @@ def _source_model(source: object, rank: int | None, world_size: int | None) -> S
     state_dict = getattr(source, "state_dict", None)
     if callable(state_dict):
         return state_dict_model(state_dict(), rank=rank, world_size=world_size)
-    raise TypeError(
-        f"cannot save a {type(source).__name__}: give a directory, a state dict, a module or a url"
-    )
+    raise TypeError(f"cannot save a {type(source).__name__}: give a directory, a state dict, a module or a url")
 
 
 def _check_places(source: object, connector: FileConnector) -> None:
@@ -257,15 +249,24 @@ class _KeyValueSave:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def run(self) -> SaveStats:
-        stats = SaveStats(save_id=self._keys.save_id)
         for warning in self._connector.publish_warning(self._model.bytes):
             _log.warning("%s", warning)
-        generation, published = self._join()
-        stats.generation = generation
-        if published:
-            stats.skipped_bytes = self._model.bytes
-            stats.published = True
-            return stats
+        while True:
+            generation, published = self._join()
+            if published:
+                return SaveStats(
+                    save_id=self._keys.save_id,
+                    generation=generation,
+                    skipped_bytes=self._model.bytes,
+                    published=True,
+                )
+            try:
+                return self._attempt(generation)
+            except Overtaken:
+                _log.info("save %s was ended by another attempt; starting anew", self._keys.save_id)
+
+    def _attempt(self, generation: str) -> SaveStats:
+        stats = SaveStats(save_id=self._keys.save_id, generation=generation)
         upload = Upload(
             self._connector,
             self._keys,
@@ -299,9 +300,7 @@ class _KeyValueSave:
             layout=self._model.layout,
             identity=self._model.identity,
         )
-        self._connector.set(
-            self._keys.part(generation, self._rank or 0), encode_part(part, encoded)
-        )
+        self._connector.set(self._keys.part(generation, self._rank or 0), encode_part(part, encoded))
         stats.published = self._publisher(generation).publish(index)
         self._watch.stages.update(upload.stages)
         self._watch.stages["publish"] = time.perf_counter() - started
@@ -325,11 +324,13 @@ class _KeyValueSave:
             fresh = secrets.token_hex(16)
             if not self._overwrite:
                 # Before anything is written: a refused save leaves nothing behind.
-                value = self._connector.get(self._keys.generation) or b""
-                self._publisher(value.decode("ascii", "replace")).check_absent()
+                mine = self._connector.get(self._keys.generation) or b""
+                self._publisher(mine.decode("ascii", "replace")).check_absent()
             # The sign of life first: prune must not find a save without one.
             self._beat(now=True)
             self._connector.set(self._keys.generation, fresh.encode(), if_absent=True)
+            # And again: another attempt's cleaning up may have taken the first.
+            self._beat(now=True)
             value = self._connector.get(self._keys.generation)
             if value is None:
                 continue  # another attempt has just finished

@@ -1,0 +1,183 @@
+"""Arguments that several commands share, and a parser that reports errors our way.
+
+An argument may hold a password, and argparse quotes what it refuses: messages go through
+`redact_arguments` before they are shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, NoReturn, TypeAlias
+
+from rdmaload.cli.exits import UsageError
+from rdmaload.options import Options, parse_size
+from rdmaload.urls import SECRET_TEXT, is_secret_option, redact
+
+__all__ = [
+    "Commands",
+    "Parser",
+    "add_command",
+    "add_patterns",
+    "add_url",
+    "add_verbosity",
+    "option_names",
+    "options_of",
+    "redact_arguments",
+    "seconds",
+    "size",
+    "whole_number",
+]
+
+_OPTION = re.compile(r"((?:-o|--)?([A-Za-z_][A-Za-z0-9_-]*)=).+", re.DOTALL)
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", re.ASCII)
+_UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+_HELP_COLUMNS = 79  # what argparse leaves alone, we wrap for the narrowest terminal
+
+_URL_HELP = "the model: redis://[user:pass@]host[:6379]/model, valkey://..., a directory"
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError where argparse prints a page of usage and exits."""
+
+    def __init__(self, **arguments: Any) -> None:
+        arguments.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **arguments)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see `{self.prog} --help`)")
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
+def redact_arguments(message: str, arguments: Sequence[str]) -> str:
+    """`message` with the secrets of every argument that it quotes replaced by "***"."""
+    # Longest first: an argument may be the start of another.
+    for argument in sorted(set(arguments), key=len, reverse=True):
+        safe = _redacted(argument)
+        if safe != argument:
+            message = message.replace(argument, safe).replace(repr(argument)[1:-1], safe)
+    return message
+
+
+def _redacted(argument: str) -> str:
+    if "://" in argument:
+        return redact(argument)
+    matched = _OPTION.fullmatch(argument)
+    if matched and is_secret_option(matched.group(2)):
+        return matched.group(1) + SECRET_TEXT
+    return argument
+
+
+def add_command(
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    help: str,
+    description: str,
+    examples: Sequence[str],
+) -> Parser:
+    """A command with the options that all of them have."""
+    text = "examples:\n" + "\n".join(f"  {example}" for example in examples)
+    command = commands.add_parser(name, help=help, description=textwrap.fill(description, _HELP_COLUMNS), epilog=text)
+    command.add_argument(
+        "-o",
+        dest="option_texts",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="an option such as connections=4 or bytes_in_flight=64MiB, the same as in the url's "
+        "query; may be repeated; `rdmaload --help` lists them",
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON document with exact numbers")
+    add_verbosity(command, default=argparse.SUPPRESS)
+    command.set_defaults(run=run)
+    return command
+
+
+def add_verbosity(parser: argparse.ArgumentParser, *, default: object = False) -> None:
+    """--quiet and --debug, before the command's name as well as after it."""
+    parser.add_argument(
+        "-q",
+        "--quiet",
+        action="store_true",
+        default=default,
+        help="no progress bar and no warnings; errors only",
+    )
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        default=default,
+        help="show what happens, and the traceback of an error",
+    )
+
+
+def add_url(command: argparse.ArgumentParser, help: str = _URL_HELP) -> None:
+    command.add_argument("url", metavar="URL", help=help)
+
+
+def add_patterns(command: argparse.ArgumentParser, noun: str, example: str) -> None:
+    """--include and --exclude, which may be repeated."""
+    for name, text in (("include", "only"), ("exclude", "not")):
+        command.add_argument(
+            f"--{name}",
+            metavar="PATTERN",
+            action="append",
+            help=f"{text} the {noun} that match, such as {example}; case counts; may be repeated",
+        )
+
+
+def option_names() -> dict[str, object]:
+    """The names of all options with their defaults."""
+    return {option.name: option.default for option in fields(Options)}
+
+
+def options_of(args: argparse.Namespace) -> dict[str, object]:
+    """The options that `-o` gave, as keywords; their values are checked where the url is opened."""
+    given: dict[str, object] = {}
+    known = option_names()
+    for text in args.option_texts:
+        name, equals, value = text.partition("=")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
+            raise UsageError(f"unknown option {name}: {hint}")
+        if not equals:
+            raise UsageError(f"-o {name} has no value; write -o {name}=VALUE")
+        if name in given:
+            raise UsageError(f"-o {name} is given twice; keep one")
+        given[name] = value
+    return given
+
+
+def size(text: str) -> int:
+    """The type of arguments that are bytes."""
+    try:
+        value = parse_size(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(str(err)) from err
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1 byte")
+    return value
+
+
+def seconds(text: str) -> float:
+    """The type of arguments that are durations: "90", "90s", "10m", "1.5h", "7d"."""
+    matched = _DURATION.fullmatch(text)
+    if matched is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration; write 90, 90s, 10m, 1.5h or 7d")
+    return float(matched.group(1)) * _UNIT_SECONDS[matched.group(2)]
+
+
+def whole_number(text: str) -> int:
+    """The type of arguments that count from 0."""
+    if not re.fullmatch("[0-9]{1,9}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)

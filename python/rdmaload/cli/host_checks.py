@@ -1,0 +1,161 @@
+"""What this machine and this installation give: versions, processor, memory, limits, network.
+
+Everything is read; nothing is changed. A file that the kernel does not have says "unknown".
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rdmaload import __version__
+from rdmaload.cli.checks import Check
+from rdmaload.cli.output import size_text
+
+__all__ = ["host_checks"]
+
+_PACKAGES = ("torch", "safetensors", "redis")
+
+# A thread that receives takes about this much; slower checksums would be what a load waits for.
+_ENOUGH_CHECKSUM_BYTES_PER_SECOND = 5e9
+_CHECKSUM_SAMPLE_BYTES = 4 << 20
+
+_SLAB_BYTES = 1 << 30  # what RDMA registers at a time, at most
+
+_LITTLE_MEMORY_BYTES = 4e9
+
+
+def host_checks() -> Iterator[Check]:
+    """Every check of this machine, in the order in which people read them."""
+    yield Check(
+        "rdmaload",
+        "ok",
+        f"{__version__}, Python {platform.python_version()}, {platform.platform()}",
+    )
+    for package in _PACKAGES:
+        yield _package(package)
+    yield _processor()
+    yield _checksums()
+    yield _huge_pages()
+    yield _locked_memory()
+    yield _host_memory()
+    yield _congestion_control()
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _package(name: str) -> Check:
+    try:
+        return Check(name, "ok", importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Check(name, "warn", "not installed", f"pip install {name}")
+
+
+def _processor() -> Check:
+    lines = _read("/proc/cpuinfo").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    model = names[0] if names else platform.machine()
+    usable = len(os.sched_getaffinity(0))
+    value = f"{model}, {usable} of {os.cpu_count() or usable} CPUs usable"
+    if usable < 2:
+        return Check("cpu", "warn", value, "two or more let receiving and checksums overlap")
+    return Check("cpu", "ok", value)
+
+
+def _checksums() -> Check:
+    try:
+        from rdmaload import _core
+    except ImportError as err:
+        return Check("extension", "fail", f"cannot be imported: {err}", "install rdmaload again")
+    sample = bytes(_CHECKSUM_SAMPLE_BYTES)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        _core.crc32c(sample)
+        best = min(best, time.perf_counter() - started)
+    rate = len(sample) / best
+    value = f"{_core.crc32c_implementation()}, {size_text(rate)}/s"
+    if rate < _ENOUGH_CHECKSUM_BYTES_PER_SECOND:
+        return Check(
+            "crc32c",
+            "warn",
+            value,
+            "checksums may limit loads on this processor; more connections spread them",
+        )
+    return Check("crc32c", "ok", value)
+
+
+def _huge_pages() -> Check:
+    text = _read("/sys/kernel/mm/transparent_hugepage/enabled")
+    chosen = text.partition("[")[2].partition("]")[0]
+    if chosen in ("always", "madvise"):
+        return Check("transparent huge pages", "ok", chosen)
+    return Check(
+        "transparent huge pages",
+        "warn",
+        chosen or "unknown",
+        "fresh memory costs more without them: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
+    )
+
+
+def _locked_memory() -> Check:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY:
+        return Check("memlock limit", "ok", "unlimited")
+    rdma = Path("/sys/class/infiniband")
+    if not rdma.is_dir() or not any(rdma.iterdir()):
+        return Check("memlock limit", "ok", f"{size_text(soft)}; matters for RDMA only")
+    if soft >= _SLAB_BYTES:
+        return Check("memlock limit", "ok", size_text(soft))
+    return Check(
+        "memlock limit",
+        "warn",
+        size_text(soft),
+        "RDMA registers its destination: raise it (ulimit -l unlimited, LimitMEMLOCK=infinity)",
+    )
+
+
+def _host_memory() -> Check:
+    from rdmaload.host_memory import available_bytes
+
+    fields = {}
+    for line in _read("/proc/meminfo").splitlines():
+        name, _, value = line.partition(":")
+        fields[name] = int(value.split()[0]) * 1024
+    free, total = fields.get("MemAvailable", 0), fields.get("MemTotal", 0)
+    usable = available_bytes()
+    value = f"{size_text(free)} of {size_text(total)} available"
+    # Other processes take and give meanwhile: only a clear difference is a control group's.
+    if usable < 0.9 * free:
+        value += f", the control group leaves {size_text(usable)}"
+    if usable < _LITTLE_MEMORY_BYTES:
+        return Check(
+            "host memory",
+            "warn",
+            value,
+            "a model that is larger fits neither: use weight_iterator(), or raise the limit",
+        )
+    return Check("host memory", "ok", value)
+
+
+def _congestion_control() -> Check:
+    name = _read("/proc/sys/net/ipv4/tcp_congestion_control") or "unknown"
+    if name == "bbr":
+        return Check(
+            "tcp congestion control",
+            "warn",
+            name,
+            "good over distances; to a store on the same host cubic is up to twice as fast "
+            "(the sender's setting counts: sysctl -w net.ipv4.tcp_congestion_control=cubic)",
+        )
+    return Check("tcp congestion control", "ok", name)

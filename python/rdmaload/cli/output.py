@@ -1,0 +1,107 @@
+"""What commands print: numbers for people, lines, and JSON.
+
+Names come from stores that others write to: control characters in them never reach a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TextIO
+
+__all__ = [
+    "amount_text",
+    "columns",
+    "count_text",
+    "printable",
+    "seconds_text",
+    "size_text",
+    "write_error",
+    "write_json",
+    "write_lines",
+    "write_result",
+]
+
+_UNITS = ("kB", "MB", "GB", "TB", "PB")
+
+
+def size_text(nbytes: float) -> str:
+    """Bytes in decimal units, with one digit after the point.
+
+    >>> size_text(999), size_text(1234567890)
+    ('999 bytes', '1.2 GB')
+    """
+    if nbytes < 1000:
+        return count_text(int(nbytes), "byte")
+    power = 1
+    while nbytes / 1000**power >= 999.95 and power < len(_UNITS):  # would round to 1000.0
+        power += 1
+    return f"{nbytes / 1000**power:.1f} {_UNITS[power - 1]}"
+
+
+def count_text(count: int, noun: str) -> str:
+    """A count with its noun: "1 file", "20,000 tensors"."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration with the unit that fits: "12.3 ms", "4.56 s"."""
+    return f"{seconds * 1000:.1f} ms" if seconds < 0.1 else f"{seconds:.2f} s"
+
+
+def amount_text(nbytes: int, seconds: float) -> str:
+    """What was moved and how fast: "1.2 GB in 0.60 s (2.0 GB/s)"."""
+    rate = f" ({size_text(nbytes / seconds)}/s)" if nbytes and seconds > 0 else ""
+    return f"{size_text(nbytes)} in {seconds_text(seconds)}{rate}"
+
+
+def printable(text: str) -> str:
+    r"""`text` on one line, with everything that a terminal might obey written as an escape.
+
+    >>> printable("a\x1b[2Jb")
+    'a\\x1b[2Jb'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def columns(rows: Iterable[Sequence[str]], *, right: int = 0) -> list[str]:
+    """Rows as lines, columns two spaces apart, the first `right` of them aligned to the right."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if number < right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def write_lines(lines: Iterable[str], stream: TextIO | None = None) -> None:
+    """Print lines to stdout, or `stream`, whatever its encoding."""
+    stream = sys.stdout if stream is None else stream
+    encoding = stream.encoding or "utf-8"
+    for line in lines:
+        text = printable(line).encode(encoding, "backslashreplace").decode(encoding)
+        stream.write(text + "\n")
+
+
+def write_json(document: Mapping[str, object]) -> None:
+    """Print one JSON document, in ASCII."""
+    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+
+
+def write_result(as_json: bool, document: Mapping[str, object], lines: Iterable[str]) -> None:
+    """Print a result as the document or as lines for people."""
+    if as_json:
+        write_json(document)
+    else:
+        write_lines(lines)
+
+
+def write_error(message: str) -> None:
+    """Print one line to stderr."""
+    write_lines([f"rdmaload: {message}"], sys.stderr)

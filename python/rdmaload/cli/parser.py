@@ -1,0 +1,49 @@
+"""The parser of the whole command line, put together from one module per group of commands."""
+
+from __future__ import annotations
+
+from rdmaload import __version__
+from rdmaload.cli import doctor, listing, removal, transfer
+from rdmaload.cli.arguments import Parser, add_verbosity, option_names
+
+__all__ = ["make_parser"]
+
+_DESCRIPTION = """\
+Saves model weights into stores and loads them back, natively and verified.
+
+A URL is a model in a store: redis://[user:pass@]host[:6379]/model, valkey://..., or a
+directory. A password is better given by -o password_file=PATH or -o password_env=NAME
+than in a url, which every user of the machine can see among the processes."""
+
+_EPILOG = """\
+options for -o and for the url's query, with their defaults:
+{options}
+
+exit codes:
+  0 done                 4 data mismatch              8 unsupported
+  1 other                5 authentication             130 interrupted
+  2 usage                6 unreachable or timed out
+  3 not found            7 layout or identity
+
+examples:
+  rdmaload save /models/llama redis://10.0.0.5/llama
+  rdmaload load redis://10.0.0.5/llama --against /models/llama
+  rdmaload doctor redis://10.0.0.5"""
+
+
+def make_parser() -> Parser:
+    """A new parser; its result has `run`, the function of the command."""
+    options = "\n".join(
+        f"  {name}={'none' if default is None else default}" for name, default in option_names().items()
+    )
+    parser = Parser(prog="rdmaload", description=_DESCRIPTION, epilog=_EPILOG.format(options=options))
+    parser.add_argument("--version", action="version", version=f"rdmaload {__version__}")
+    # Set by every command, but also read when parsing has not come that far.
+    parser.set_defaults(json=False)
+    add_verbosity(parser)
+    commands = parser.add_subparsers(
+        metavar="COMMAND", dest="command", required=True, parser_class=Parser, title="commands"
+    )
+    for group in (transfer, listing, removal, doctor):
+        group.register(commands)
+    return parser

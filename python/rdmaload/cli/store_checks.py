@@ -1,0 +1,180 @@
+"""What a store gives: does it answer, how far is it, what is it, has it room, is the model there.
+
+Errors of the store are raised as they are: a check after the first that fails would say nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rdmaload.cli.checks import Check
+from rdmaload.cli.output import count_text, seconds_text, size_text
+
+if TYPE_CHECKING:
+    from rdmaload.connectors import FileConnector, KeyValueConnector
+
+__all__ = ["store_checks"]
+
+_ROUND_TRIPS = 20
+
+# 40 Gbit/s: below this, distance rather than the network's speed would be the limit.
+_ENOUGH_BYTES_PER_SECOND = 5e9
+
+
+def store_checks(url: str, opts: dict[str, object]) -> Iterator[Check]:
+    """The checks of the store of `url`, as far as they succeed; the url may lack a model."""
+    from rdmaload.connectors import FileConnector, KeyValueConnector, connector_for
+    from rdmaload.urls import parse_url
+
+    location = parse_url(url, require_model=False)
+    with connector_for(location, **opts) as connector:  # type: ignore[arg-type]
+        if isinstance(connector, KeyValueConnector):
+            yield from _key_value(connector)
+        elif isinstance(connector, FileConnector):
+            yield _files(connector)
+
+
+def _key_value(connector: KeyValueConnector) -> Iterator[Check]:
+    # Always absent, and never another model's: no model is named so.
+    probe = f"{connector.model or 'rdmaload:doctor'}/doctor"
+    started = time.perf_counter()
+    connector.exists(probe)
+    yield Check("connection", "ok", f"{connector.url} in {seconds_text(time.perf_counter() - started)}")
+    yield _round_trip(connector, probe)
+    if connector.location.scheme in ("redis", "valkey"):
+        yield from _server(connector)
+    if connector.model:
+        yield _model(connector)
+
+
+def _round_trip(connector: KeyValueConnector, probe: str) -> Check:
+    times = []
+    for _ in range(_ROUND_TRIPS):
+        started = time.perf_counter()
+        connector.exists(probe)
+        times.append(time.perf_counter() - started)
+    median = statistics.median(times)
+    value = f"{median * 1000:.2f} ms (median of {_ROUND_TRIPS})"
+    in_flight = connector.options.bytes_in_flight
+    if in_flight / median < _ENOUGH_BYTES_PER_SECOND:
+        wanted = median * _ENOUGH_BYTES_PER_SECOND / 2**20
+        return Check(
+            "round trip",
+            "warn",
+            value,
+            f"bytes_in_flight={in_flight} limits a load to {size_text(in_flight / median)}/s over "
+            f"that distance; {wanted:.0f}MiB would allow {size_text(_ENOUGH_BYTES_PER_SECOND)}/s",
+        )
+    return Check("round trip", "ok", value)
+
+
+def _server(connector: KeyValueConnector) -> Iterator[Check]:
+    facts = _server_info(connector)
+    if not facts:
+        yield Check(
+            "server",
+            "warn",
+            "unknown: INFO is refused to this user",
+            "grant it to see version and memory (ACL SETUSER ... +info)",
+        )
+        return
+    version = facts.get("valkey_version")
+    name = "valkey" if version else "redis"
+    yield Check("server", "ok", f"{name} {version or facts.get('redis_version', 'unknown')}")
+    yield _memory(facts)
+    policy = facts.get("maxmemory_policy", "unknown")
+    if policy == "noeviction":
+        yield Check("maxmemory-policy", "ok", policy)
+    else:
+        yield Check(
+            "maxmemory-policy",
+            "warn",
+            policy,
+            "the server may evict parts of a model: CONFIG SET maxmemory-policy noeviction",
+        )
+    evicted = _number(facts, "evicted_keys")
+    if evicted:
+        yield Check(
+            "evicted keys",
+            "warn",
+            f"{evicted:,} since the server started",
+            "models may have lost chunks: `rdmaload verify` them",
+        )
+
+
+def _memory(facts: dict[str, str]) -> Check:
+    used, limit = _number(facts, "used_memory"), _number(facts, "maxmemory")
+    total = _number(facts, "total_system_memory")
+    room = max(0, (limit or total) - used)
+    value = f"{size_text(limit)}" if limit else "unlimited"
+    value += f", {size_text(used)} in use, room for {size_text(room)}"
+    if not limit:
+        value += " in the machine's memory" if total else ""
+    # A save needs as much again, beside the generation that it replaces.
+    if (limit or total) and room < used:
+        return Check(
+            "maxmemory",
+            "warn",
+            value,
+            "what is there cannot be saved a second time: raise maxmemory, or `rdmaload prune`",
+        )
+    return Check("maxmemory", "ok", value)
+
+
+def _number(facts: dict[str, str], name: str) -> int:
+    text = facts.get(name, "")
+    return int(text) if text.isdecimal() else 0
+
+
+def _server_info(connector: KeyValueConnector) -> dict[str, str]:
+    """The server's INFO; empty for a user who may not read it."""
+    import redis
+
+    options, location = connector.options, connector.location
+    credentials = None
+    password = options.read_password(url=connector.url)
+    if password is not None or options.username is not None:
+        credentials = redis.UsernamePasswordCredentialProvider(options.username, password or "")
+    client = redis.Redis(
+        host=location.host or "localhost",
+        port=location.port or 6379,
+        db=options.db,
+        protocol=options.protocol,
+        credential_provider=credentials,
+        socket_connect_timeout=options.connect_timeout,
+        socket_timeout=options.inactivity_timeout,
+    )
+    with client:
+        try:
+            found = client.info()
+        except redis.RedisError:
+            return {}
+    assert isinstance(found, dict)
+    return {str(name): str(value) for name, value in found.items()}
+
+
+def _model(connector: KeyValueConnector) -> Check:
+    from rdmaload.sources import read_manifest
+
+    manifest = read_manifest(connector)
+    if manifest is None:
+        return Check("model", "ok", "nothing is published under this name")
+    return Check(
+        "model",
+        "ok",
+        f"{manifest.kind}, {count_text(manifest.files, 'file')}, {size_text(manifest.bytes)}, "
+        f"generation {manifest.generation} of {manifest.created}",
+    )
+
+
+def _files(connector: FileConnector) -> Check:
+    files = connector.list_files()
+    total = sum(info.size for info in files)
+    weights = [info for info in files if info.path.endswith(".safetensors")]
+    value = f"{count_text(len(files), 'file')}, {size_text(total)}"
+    if not weights:
+        return Check("model", "warn", value, "there is no *.safetensors file to load")
+    return Check("model", "ok", f"{value}, {count_text(len(weights), 'safetensors file')}")

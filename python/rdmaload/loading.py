@@ -1,0 +1,118 @@
+"""The functions that do one thing with a url: open the model, do it, close."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rdmaload.connectors.registry import connector_for
+from rdmaload.model import Model
+from rdmaload.options import Options
+from rdmaload.report import ProgressCallback
+from rdmaload.selection import Patterns
+from rdmaload.stats import LoadStats
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["load", "load_into", "open", "pull_files", "weight_iterator"]
+
+
+def open(url: str | Path, *, options: Options | None = None, **opts: object) -> Model:
+    """Open the model at `url`; keywords are options (see docs/settings.md).
+
+    Raises UrlError, AuthenticationError, NotFoundError, UnavailableError, IntegrityError, FormatError.
+    """
+    connector = connector_for(url, options, **opts)
+    try:
+        return Model(connector, owns_connector=True)
+    except BaseException:
+        connector.close()
+        raise
+
+
+def load(
+    url: str | Path,
+    *,
+    rank: int | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    stats: LoadStats | None = None,
+    progress: ProgressCallback | None = None,
+    options: Options | None = None,
+    **opts: object,
+) -> dict[str, torch.Tensor]:
+    """`open(url).load(...)`: a dict of tensors that own their memory."""
+    with open(url, options=options, **opts) as model:
+        return model.load(
+            rank=rank, device=device, dtype=dtype, include=include, exclude=exclude, stats=stats, progress=progress
+        )
+
+
+def weight_iterator(
+    url: str | Path,
+    rank: int | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    include: Patterns = None,
+    exclude: Patterns = None,
+    borrow: bool = False,
+    stats: LoadStats | None = None,
+    options: Options | None = None,
+    **opts: object,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """`open(url).weight_iterator(...)`, closed at the end. `window_bytes` is an option like any other."""
+    with open(url, options=options, **opts) as model:
+        yield from model.weight_iterator(
+            rank, device=device, include=include, exclude=exclude, borrow=borrow, stats=stats
+        )
+
+
+def load_into(
+    target: nn.Module | Mapping[str, torch.Tensor],
+    url: str | Path,
+    *,
+    rank: int | None = None,
+    strict: bool = True,
+    cast: bool = False,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    stats: LoadStats | None = None,
+    progress: ProgressCallback | None = None,
+    options: Options | None = None,
+    **opts: object,
+) -> LoadStats:
+    """`open(url).load_into(target, ...)`."""
+    with open(url, options=options, **opts) as model:
+        return model.load_into(
+            target,
+            rank=rank,
+            strict=strict,
+            cast=cast,
+            include=include,
+            exclude=exclude,
+            stats=stats,
+            progress=progress,
+        )
+
+
+def pull_files(
+    url: str | Path,
+    target: str | Path | None = None,
+    *,
+    allow_pattern: Patterns = None,
+    ignore_pattern: Patterns = None,
+    stats: LoadStats | None = None,
+    progress: ProgressCallback | None = None,
+    options: Options | None = None,
+    **opts: object,
+) -> Path:
+    """`open(url).pull_files(target, ...)`."""
+    with open(url, options=options, **opts) as model:
+        return model.pull_files(
+            target, allow_pattern=allow_pattern, ignore_pattern=ignore_pattern, stats=stats, progress=progress
+        )

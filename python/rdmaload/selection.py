@@ -1,0 +1,108 @@
+"""Which tensors a load delivers: the tensors of one rank's files, and the choice by patterns among them."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rdmaload import _core
+from rdmaload.errors import FormatError
+from rdmaload.index import IndexFile
+from rdmaload.reader import Batch
+from rdmaload.tensors import TensorSpec, export_tensor
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Patterns", "RankTensors", "as_patterns", "is_selected", "parts_of", "placed_tensors", "tensors_of"]
+
+Patterns = str | Sequence[str] | None
+
+
+def as_patterns(patterns: Patterns) -> list[str] | None:
+    if patterns is None:
+        return None
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def is_selected(name: str, include: list[str] | None, exclude: list[str] | None) -> bool:
+    if include is not None and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
+        return False
+    return exclude is None or not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+
+
+class RankTensors:
+    """The tensors of the files that one rank reads: the native index, and the same by name."""
+
+    def __init__(self, files: Sequence[tuple[int, IndexFile]], url: str) -> None:
+        self.native = _core.TensorIndex()
+        self.tied: dict[str, str] = {}  # alias: stored name
+        by_position = dict(files)
+        for position, file in files:
+            assert file.header is not None
+            try:
+                self.native.add_file(position, file.path, file.size, file.header)
+            except FormatError as error:
+                raise FormatError(f"{url}: {error}", url=url, key=file.path) from None
+            self.tied.update(file.tied)
+        self.specs: list[TensorSpec] = []
+        self.position: dict[str, int] = {}
+        for name, dtype, shape, position, nbytes in self.native.tensors():
+            file = by_position[position]
+            if name in self.position:
+                first = self.specs[self.position[name]].file
+                raise FormatError(
+                    f"{url}: tensor {name} is in {first} and in {file.path}; a *.safetensors.index.json would say "
+                    "which file counts",
+                    url=url,
+                    key=file.path,
+                )
+            self.position[name] = len(self.specs)
+            self.specs.append(TensorSpec(name, dtype, shape, file.path, nbytes))
+        for alias, name in self.tied.items():
+            if name not in self.position or alias in self.position:
+                raise FormatError(f"{url}: tied name {alias} does not stand for a stored tensor ({name})", url=url)
+
+    def select(self, include: Patterns, exclude: Patterns) -> tuple[list[int], dict[int, list[str]]]:
+        """Positions to read in file order, and the names that each is delivered under."""
+        include, exclude = as_patterns(include), as_patterns(exclude)
+        names: dict[int, list[str]] = {}
+        for position, spec in enumerate(self.specs):
+            if is_selected(spec.name, include, exclude):
+                names.setdefault(position, []).append(spec.name)
+        for alias, name in self.tied.items():
+            if is_selected(alias, include, exclude):
+                names.setdefault(self.position[name], []).append(alias)
+        return sorted(names), names
+
+
+def parts_of(selection: Sequence[int], sizes: Sequence[int], part_bytes: int) -> Iterator[list[int]]:
+    """Runs of the selection of at most `part_bytes` together; a larger tensor is a run of its own."""
+    part: list[int] = []
+    total = 0
+    for position, nbytes in zip(selection, sizes, strict=True):
+        if part and total + nbytes > part_bytes:
+            yield part
+            part, total = [], 0
+        part.append(position)
+        total += nbytes
+    if part:
+        yield part
+
+
+def placed_tensors(
+    batch: Batch, weights: RankTensors, names: Mapping[int, list[str]]
+) -> Iterator[tuple[int, str, torch.Tensor]]:
+    arenas = batch.arenas
+    for position, region, offset in batch.plan.placements():
+        tensor = export_tensor(weights.specs[position], arenas[region], offset)
+        for name in names[position]:
+            yield position, name, tensor
+
+
+def tensors_of(
+    batch: Batch, weights: RankTensors, names: Mapping[int, list[str]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for _, name, tensor in placed_tensors(batch, weights, names):
+        yield name, tensor

@@ -1,0 +1,352 @@
+// The read contract (transport/transport.h), the same tests for every transport.
+#include <doctest/doctest.h>
+
+#include <deque>
+#include <map>
+#include <memory>
+#include <thread>
+
+#include "core/crc32c.h"
+#include "support/reads.h"
+#include "support/resp_server.h"
+#include "support/temp_dir.h"
+#include "transport/file_transport.h"
+#include "transport/memory_transport.h"
+#include "transport/resp/resp_transport.h"
+
+namespace rdmaload {
+namespace {
+
+using testing::kSoon;
+using testing::pick;
+using testing::random_segments;
+using testing::RecordingOwner;
+using testing::SegmentSpec;
+using testing::TestRead;
+
+struct MemoryStore {
+  static constexpr bool kKnowsSizes = true;  // notices an object that is longer than it should be
+  std::map<std::string, std::vector<std::byte>> objects;
+  void put(const std::string& object, const std::vector<std::byte>& bytes) { objects[object] = bytes; }
+  std::unique_ptr<Transport> open(int threads) {
+    auto transport = std::make_unique<MemoryTransport>(threads);
+    for (const auto& [object, bytes] : objects) transport->put(object, bytes);
+    return transport;
+  }
+};
+
+struct FileStore {
+  static constexpr bool kKnowsSizes = false;
+  testing::TempDir directory;
+  void put(const std::string& object, const std::vector<std::byte>& bytes) { directory.write(object, bytes); }
+  std::unique_ptr<Transport> open(int threads) {
+    return std::make_unique<FileTransport>(directory.path().string(), threads);
+  }
+};
+
+template <int kProtocol>
+struct RespStore {
+  static constexpr bool kKnowsSizes = true;
+  testing::RespStore store;
+  testing::RespServer server{[this](testing::RespSession& session, int) { store.serve(session); }};
+  void put(const std::string& object, const std::vector<std::byte>& bytes) {
+    store.put(object, testing::text_of(bytes));
+  }
+  std::unique_ptr<Transport> open(int connections) {
+    resp::TransportOptions options;
+    options.endpoint.host = server.address();
+    options.endpoint.port = server.port();
+    options.endpoint.protocol = kProtocol;
+    options.endpoint.name = "redis://test";
+    options.connections = connections;
+    return std::make_unique<resp::RespTransport>(options);
+  }
+};
+
+#define FOR_EVERY_TRANSPORT(name) \
+  TEST_CASE_TEMPLATE(name, Store, MemoryStore, FileStore, RespStore<2>, RespStore<3>)
+
+Clock::time_point much_later() { return Clock::now() + std::chrono::hours(1); }
+
+FOR_EVERY_TRANSPORT("random ranges in random segments arrive byte for byte, with their checksum") {
+  Store store;
+  std::map<std::string, std::vector<std::byte>> objects;
+  for (const size_t size : {1, 2, 100, 70000, 700001}) {
+    const std::string name = "dir/object-" + std::to_string(size);
+    objects[name] = testing::random_bytes(size, size);
+    store.put(name, objects[name]);
+  }
+  RecordingOwner owner;
+  std::deque<TestRead> reads;
+  std::mt19937_64 random(11);
+  for (int i = 0; i < 200; ++i) {
+    auto at = objects.begin();
+    std::advance(at, static_cast<ptrdiff_t>(pick(random, 0, objects.size() - 1)));
+    const auto& [name, bytes] = *at;
+    uint64_t length = bytes.size(), offset = 0;
+    if (pick(random, 0, 3) != 0) {
+      length = pick(random, 1, bytes.size());
+      offset = pick(random, 0, bytes.size() - length);
+    }
+    auto& prepared = reads.emplace_back(name, bytes.size(), offset, random_segments(random, length), owner);
+    prepared.read.checksum = pick(random, 0, 4) != 0;
+  }
+  {
+    const auto transport = store.open(3);
+    for (auto& prepared : reads) transport->submit(prepared.read);
+    REQUIRE(owner.wait_for(reads.size()));
+  }
+  for (const auto& prepared : reads) {
+    const Read& read = prepared.read;
+    const Status status = owner.status_of(read);
+    CAPTURE(status.message());
+    const auto& object = objects[read.object];
+    REQUIRE(status.ok());
+    CHECK(owner.count_of(read) == 1);
+    CHECK(prepared.holds(object));
+    CHECK(read.copied_bytes == 0);
+    if (read.checksum) CHECK(read.crc == crc32c(0, std::span(object).subspan(read.offset, read.length)));
+  }
+}
+
+FOR_EVERY_TRANSPORT("thousands of segments and nothing but dropped bytes are fine") {
+  Store store;
+  const auto bytes = testing::random_bytes(600000, 3);
+  store.put("o", bytes);
+  RecordingOwner owner;
+  std::vector<SegmentSpec> many;
+  for (int i = 0; i < 3000; ++i) many.push_back({200, i % 7 == 0});
+  TestRead fine("o", bytes.size(), 0, many, owner);
+  TestRead dropped("o", bytes.size(), 0, {{bytes.size(), true}}, owner);
+  const auto transport = store.open(1);
+  transport->submit(fine.read);
+  transport->submit(dropped.read);
+  REQUIRE(owner.wait_for(2));
+  CHECK(owner.status_of(fine.read).ok());
+  CHECK(fine.holds(bytes));
+  CHECK(fine.read.crc == crc32c(0, bytes));
+  CHECK(owner.status_of(dropped.read).ok());
+  CHECK(dropped.read.crc == crc32c(0, bytes));
+}
+
+FOR_EVERY_TRANSPORT(
+    "an object that is not there is kNotFound, for a whole read and for a range, and harms no other") {
+  Store store;
+  const auto bytes = testing::random_bytes(5000, 4);
+  store.put("there", bytes);
+  RecordingOwner owner;
+  TestRead before("there", 5000, owner), whole("gone", 5000, owner), between("there", 5000, owner);
+  TestRead range("gone", 5000, 100, {{50}}, owner), after("there", 5000, owner);
+  const auto transport = store.open(1);
+  transport->submit(before.read);
+  transport->submit(whole.read);
+  transport->submit(between.read);
+  REQUIRE(owner.wait_for(3));
+  CHECK(owner.status_of(before.read).ok());
+  CHECK(owner.status_of(whole.read).code() == ErrorCode::kNotFound);
+  CHECK(owner.status_of(whole.read).message().find("gone") != std::string::npos);
+  CHECK(owner.status_of(between.read).ok());
+  CHECK(between.holds(bytes));
+  transport->submit(range.read);
+  REQUIRE(owner.wait_for(4));
+  CHECK(owner.status_of(range.read).code() == ErrorCode::kNotFound);
+  transport->submit(after.read);
+  REQUIRE(owner.wait_for(5));
+  CHECK(owner.status_of(after.read).ok());
+  CHECK(after.holds(bytes));
+}
+
+FOR_EVERY_TRANSPORT("an object of the wrong size is kIntegrity") {
+  Store store;
+  store.put("o", testing::random_bytes(1000, 5));
+  RecordingOwner owner;
+  TestRead shorter("o", 1001, owner), range("o", 1500, 900, {{200}}, owner), longer("o", 999, owner);
+  const auto transport = store.open(1);
+  std::vector<TestRead*> wrong{&shorter, &range};
+  if (Store::kKnowsSizes) wrong.push_back(&longer);
+  for (size_t i = 0; i < wrong.size(); ++i) {
+    transport->submit(wrong[i]->read);
+    REQUIRE(owner.wait_for(i + 1));
+    CHECK(owner.status_of(wrong[i]->read).code() == ErrorCode::kIntegrity);
+  }
+}
+
+FOR_EVERY_TRANSPORT("one connection completes reads in the order in which they were submitted, each once") {
+  Store store;
+  const auto bytes = testing::random_bytes(3000, 6);
+  store.put("o", bytes);
+  RecordingOwner owner;
+  std::deque<TestRead> reads;
+  for (int i = 0; i < 500; ++i) reads.emplace_back("o", bytes.size(), owner);
+  {
+    const auto transport = store.open(1);
+    for (auto& prepared : reads) transport->submit(prepared.read);
+    REQUIRE(owner.wait_for(reads.size()));
+  }
+  const auto done = owner.completions();
+  REQUIRE(done.size() == reads.size());  // none twice: the transport is gone
+  for (size_t i = 0; i < done.size(); ++i) {
+    REQUIRE(done[i].status.ok());
+    REQUIRE(done[i].read == &reads[i].read);
+    REQUIRE(reads[i].holds(bytes));
+  }
+}
+
+FOR_EVERY_TRANSPORT("a read starts not before its time and holds up no other") {
+  Store store;
+  const auto bytes = testing::random_bytes(100, 7);
+  store.put("o", bytes);
+  RecordingOwner owner;
+  TestRead late("o", 100, owner), early("o", 100, owner), now("o", 100, owner);
+  const auto transport = store.open(1);
+  const auto early_time = Clock::now() + std::chrono::milliseconds(40);
+  const auto late_time = early_time + std::chrono::milliseconds(40);
+  transport->submit(late.read, late_time);
+  transport->submit(early.read, early_time);
+  transport->submit(now.read, Clock::time_point::min());
+  REQUIRE(owner.wait_for(3));
+  const auto done = owner.completions();
+  CHECK(done[0].read == &now.read);
+  CHECK(done[1].read == &early.read);
+  CHECK(done[1].when >= early_time);
+  CHECK(done[2].read == &late.read);
+  CHECK(done[2].when >= late_time);
+}
+
+FOR_EVERY_TRANSPORT("cancel completes all reads of that owner soon and no others") {
+  Store store;
+  const auto bytes = testing::random_bytes(20000, 8);
+  store.put("o", bytes);
+  RecordingOwner owner, other;
+  std::deque<TestRead> delayed, running;
+  for (int i = 0; i < 20; ++i) delayed.emplace_back("o", bytes.size(), owner);
+  for (int i = 0; i < 200; ++i) running.emplace_back("o", bytes.size(), owner);
+  TestRead waiting("o", bytes.size(), other), running_other("o", bytes.size(), other);
+  {
+    const auto transport = store.open(2);
+    for (auto& prepared : delayed) transport->submit(prepared.read, much_later());
+    transport->submit(waiting.read, much_later());
+    for (auto& prepared : running) transport->submit(prepared.read);
+    REQUIRE(owner.wait_for(1));
+    owner.set_cancelled();
+    transport->cancel(owner);
+    REQUIRE(owner.wait_for(delayed.size() + running.size()));
+    CHECK(other.count() == 0);
+    // The transport still serves others; a read that was underway beside the cancelled ones may need another
+    // try.
+    for (size_t attempt = 1; attempt < 4; ++attempt) {
+      transport->submit(running_other.read);
+      REQUIRE(other.wait_for(attempt));
+      if (other.status_of(running_other.read).ok()) break;
+    }
+    CHECK(running_other.holds(bytes));
+  }
+  CHECK(owner.count() == delayed.size() + running.size());
+  for (auto& prepared : delayed) CHECK(owner.status_of(prepared.read).code() == ErrorCode::kCancelled);
+  for (auto& prepared : running) {
+    const Status status = owner.status_of(prepared.read);
+    CHECK((status.ok() || status.code() == ErrorCode::kCancelled));
+    if (status.ok()) CHECK(prepared.holds(bytes));
+  }
+}
+
+FOR_EVERY_TRANSPORT("reads of an owner that gave up complete with kCancelled without being read") {
+  Store store;
+  store.put("o", testing::random_bytes(1000, 9));
+  RecordingOwner owner;
+  owner.set_cancelled();
+  std::deque<TestRead> reads;
+  for (int i = 0; i < 50; ++i) reads.emplace_back("o", 1000, owner);
+  const auto transport = store.open(1);
+  for (auto& prepared : reads) transport->submit(prepared.read);
+  REQUIRE(owner.wait_for(reads.size()));
+  for (auto& prepared : reads) CHECK(owner.status_of(prepared.read).code() == ErrorCode::kCancelled);
+}
+
+FOR_EVERY_TRANSPORT("destroying a transport completes whatever is outstanding first") {
+  Store store;
+  const auto bytes = testing::random_bytes(50000, 10);
+  store.put("o", bytes);
+  RecordingOwner owner;
+  std::deque<TestRead> delayed, running;
+  for (int i = 0; i < 10; ++i) delayed.emplace_back("o", bytes.size(), owner);
+  for (int i = 0; i < 100; ++i) running.emplace_back("o", bytes.size(), owner);
+  {
+    const auto transport = store.open(2);
+    for (auto& prepared : delayed) transport->submit(prepared.read, much_later());
+    for (auto& prepared : running) transport->submit(prepared.read);
+  }
+  CHECK(owner.count() == delayed.size() + running.size());
+  for (auto& prepared : delayed) CHECK(owner.status_of(prepared.read).code() == ErrorCode::kCancelled);
+  for (auto& prepared : running) {
+    const Status status = owner.status_of(prepared.read);
+    CHECK(owner.count_of(prepared.read) == 1);
+    CHECK((status.ok() || status.code() == ErrorCode::kCancelled));
+    if (status.ok()) CHECK(prepared.holds(bytes));
+  }
+}
+
+FOR_EVERY_TRANSPORT("an owner may submit again from complete(), until the transport refuses") {
+  Store store;
+  const auto bytes = testing::random_bytes(1000, 11);
+  store.put("o", bytes);
+  RecordingOwner owner;
+  TestRead chained("o", bytes.size(), owner), endless("o", bytes.size(), owner);
+  Transport* transport = nullptr;
+  int left = 100;  // only on the thread that completes the chained read; one at a time
+  owner.then([&](Read& read, const Status& status) {
+    if (status.ok() && (&read == &endless.read || --left > 0)) transport->submit(read);
+  });
+  {
+    const auto opened = store.open(2);
+    transport = opened.get();
+    transport->submit(chained.read);
+    REQUIRE(owner.wait_for(100));
+    CHECK(owner.count() == 100);
+    CHECK(left == 0);
+    transport->submit(endless.read);
+    REQUIRE(owner.wait_for(150));
+  }
+  size_t refused = 0;
+  for (const auto& done : owner.completions()) {
+    if (done.status.ok()) continue;
+    ++refused;
+    CHECK(done.read == &endless.read);
+    CHECK(done.status.code() == ErrorCode::kCancelled);
+  }
+  CHECK(refused == 1);
+  CHECK(chained.holds(bytes));
+}
+
+FOR_EVERY_TRANSPORT("threads may submit at the same time") {
+  Store store;
+  const auto bytes = testing::random_bytes(5000, 12);
+  store.put("o", bytes);
+  RecordingOwner owner;
+  std::deque<TestRead> reads;
+  for (int i = 0; i < 400; ++i) reads.emplace_back("o", bytes.size(), owner);
+  const auto transport = store.open(2);
+  {
+    std::vector<std::jthread> threads;
+    for (size_t part = 0; part < 4; ++part) {
+      threads.emplace_back([&, part] {
+        for (size_t i = part; i < reads.size(); i += 4) transport->submit(reads[i].read);
+      });
+    }
+  }
+  REQUIRE(owner.wait_for(reads.size()));
+  for (auto& prepared : reads) {
+    CHECK(owner.status_of(prepared.read).ok());
+    CHECK(prepared.holds(bytes));
+  }
+}
+
+FOR_EVERY_TRANSPORT("a transport says what it is") {
+  Store store;
+  const auto transport = store.open(3);
+  CHECK(transport->connections() == 3);
+  CHECK_FALSE(transport->path().empty());
+}
+
+}  // namespace
+}  // namespace rdmaload
