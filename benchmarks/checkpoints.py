@@ -178,9 +178,7 @@ def read_safetensors(path: str | Path) -> dict[str, tuple[TensorSpec, memoryview
         header, body = _read_header(file)
         file.seek(body)
         data = memoryview(file.read())
-    return {
-        name: (spec, data[begin : begin + spec.bytes]) for name, (spec, begin) in header.items()
-    }
+    return {name: (spec, data[begin : begin + spec.bytes]) for name, (spec, begin) in header.items()}
 
 
 def _split(tensors: Mapping[str, TensorSpec], files: int) -> list[dict[str, TensorSpec]]:
@@ -226,9 +224,7 @@ def make_checkpoint(
     return checkpoint
 
 
-def llama_like(
-    directory: str | Path, total_bytes: float = 1e9, files: int = 4, seed: int = 0
-) -> Checkpoint:
+def llama_like(directory: str | Path, total_bytes: float = 1e9, files: int = 4, seed: int = 0) -> Checkpoint:
     """A bf16 checkpoint of about `total_bytes` with names, shapes and files of a small Llama.
 
     At 2.5e8 bytes and more the layers are those of Llama 3.2 1B (or of half its width) and only
@@ -243,9 +239,7 @@ def llama_like(
         if layers >= 4:
             break
     layers = max(1, layers)
-    checkpoint = make_checkpoint(
-        directory, _llama_tensors(width, vocabulary, layers), files=files, seed=seed
-    )
+    checkpoint = make_checkpoint(directory, _llama_tensors(width, vocabulary, layers), files=files, seed=seed)
     _write_llama_side_files(checkpoint.directory, width, vocabulary, layers)
     return checkpoint
 
@@ -300,10 +294,7 @@ def _write_llama_side_files(directory: Path, width: int, vocabulary: int, layers
     words = ["<s>", "</s>", "<unk>", *(f"token{number}" for number in range(3, vocabulary))]
     tokenizer = {
         "version": "1.0",
-        "added_tokens": [
-            {"id": number, "content": word, "special": True}
-            for number, word in enumerate(words[:3])
-        ],
+        "added_tokens": [{"id": number, "content": word, "special": True} for number, word in enumerate(words[:3])],
         "pre_tokenizer": {"type": "Whitespace"},
         "model": {
             "type": "WordLevel",
@@ -339,9 +330,7 @@ def many_tensors(directory: str | Path, count: int = 20_000, *, seed: int = 0) -
     """`count` tensors of a few bytes to a few hundred, most of them unaligned, in one file."""
     dtypes = ("U8", "BF16", "F32")
     tensors = {
-        f"blocks.{number // 10}.{number % 10}.weight": TensorSpec(
-            dtypes[number % 3], (1 + number % 67,)
-        )
+        f"blocks.{number // 10}.{number % 10}.weight": TensorSpec(dtypes[number % 3], (1 + number % 67,))
         for number in range(count)
     }
     return make_checkpoint(directory, tensors, seed=seed)
@@ -349,16 +338,11 @@ def many_tensors(directory: str | Path, count: int = 20_000, *, seed: int = 0) -
 
 def many_files(directory: str | Path, count: int = 1_000, *, seed: int = 0) -> Checkpoint:
     """`count` files of one small tensor each."""
-    tensors = {
-        f"layers.{number}.weight": TensorSpec("BF16", (1 + number % 13, 16))
-        for number in range(count)
-    }
+    tensors = {f"layers.{number}.weight": TensorSpec("BF16", (1 + number % 13, 16)) for number in range(count)}
     return make_checkpoint(directory, tensors, files=count, seed=seed)
 
 
-def one_large_tensor(
-    directory: str | Path, tensor_bytes: int = 600 << 20, *, seed: int = 0
-) -> Checkpoint:
+def one_large_tensor(directory: str | Path, tensor_bytes: int = 600 << 20, *, seed: int = 0) -> Checkpoint:
     """One tensor, above 512 MiB by default, which is the largest value that Redis takes."""
     tensors = {"large.weight": TensorSpec("BF16", (tensor_bytes // 2,))}
     return make_checkpoint(directory, tensors, seed=seed)
@@ -374,9 +358,7 @@ def compare(state: Mapping[str, torch.Tensor], directory: str | Path) -> int:
 
     left = set(state)
     total = 0
-    block = bytearray(
-        BLOCK_BYTES
-    )  # reused: reading whole files would spend its time on page faults
+    block = bytearray(BLOCK_BYTES)  # reused: reading whole files would spend its time on page faults
     for path in weight_files(directory):
         with open(path, "rb", buffering=0) as file:
             header, body = _read_header(file)
@@ -387,9 +369,7 @@ def compare(state: Mapping[str, torch.Tensor], directory: str | Path) -> int:
                 loaded = state[name].detach().cpu().contiguous().reshape(-1)
                 found = loaded.view(torch.uint8).numpy() if loaded.numel() else numpy.empty(0)
                 if found.nbytes != spec.bytes:
-                    raise Mismatch(
-                        f"{name}: {found.nbytes} bytes loaded, {spec.bytes} in {path.name}"
-                    )
+                    raise Mismatch(f"{name}: {found.nbytes} bytes loaded, {spec.bytes} in {path.name}")
                 file.seek(body + begin)
                 for start in range(0, spec.bytes, BLOCK_BYTES):
                     count = min(BLOCK_BYTES, spec.bytes - start)

@@ -52,9 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     paired.add_arguments(parser)
     parser.add_argument("--cache", choices=["warm", "cold", "both"], default="both")
-    parser.add_argument(
-        "--drop-caches", action="store_true", help="cold: drop the system's page cache (root)"
-    )
+    parser.add_argument("--drop-caches", action="store_true", help="cold: drop the system's page cache (root)")
     parser.add_argument("--threads", type=int, help="rdmaload's option; default: its default")
     parser.add_argument("--only-others", action="store_true", help="measure the alternatives alone")
     arguments = parser.parse_args()

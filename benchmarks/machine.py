@@ -64,9 +64,7 @@ def congestion_control() -> str | None:
 def facts() -> dict[str, object]:
     """CPU, kernel, memory, settings that matter here, and versions."""
     server = shutil.which("redis-server")
-    version = (
-        subprocess.run([server, "--version"], capture_output=True, text=True) if server else None
-    )
+    version = subprocess.run([server, "--version"], capture_output=True, text=True) if server else None
     return {
         "cpu": _cpu_field("model name") or platform.processor(),
         "cpus": len(os.sched_getaffinity(0)),
@@ -79,10 +77,7 @@ def facts() -> dict[str, object]:
         "transparent_hugepage_defrag": _selected(THP / "defrag"),
         "redis_server": version.stdout.split("v=")[-1].split()[0] if version else None,
         "python": platform.python_version(),
-        **{
-            package: _version(package)
-            for package in ("rdmaload", "torch", "safetensors", "redis", "hiredis", "numpy")
-        },
+        **{package: _version(package) for package in ("rdmaload", "torch", "safetensors", "redis", "hiredis", "numpy")},
     }
 
 

@@ -136,9 +136,7 @@ def bootstrap_interval(ratios: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def in_child(
-    work: Callable[[], Mapping[str, object]], limit: float = TRIAL_SECONDS
-) -> dict[str, object]:
+def in_child(work: Callable[[], Mapping[str, object]], limit: float = TRIAL_SECONDS) -> dict[str, object]:
     """Run `work` in a forked child and return its (JSON) answer."""
     gc.collect()
     # What the parent freed would be copied, not zeroed, when the child touches it: give it back
@@ -235,9 +233,7 @@ def measure(way: Way) -> Trial:
         return {
             "seconds": seconds,
             "cpu_seconds": cpu,
-            "server_cpu_seconds": None
-            if server is None
-            else machine.cpu_seconds(server) - server_before,
+            "server_cpu_seconds": None if server is None else machine.cpu_seconds(server) - server_before,
             "peak_bytes": peak_bytes(),
             "load_average": load,
         }
@@ -292,17 +288,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def add_arguments(
-    parser: argparse.ArgumentParser, *, total_bytes: float = 1e9, pairs: int = 15
-) -> None:
+def add_arguments(parser: argparse.ArgumentParser, *, total_bytes: float = 1e9, pairs: int = 15) -> None:
     """The options that every paired benchmark has."""
     parser.add_argument("--bytes", type=float, default=total_bytes, help="size of the model")
     parser.add_argument("--pairs", type=int, default=pairs, help="runs of each way")
     parser.add_argument("--json", type=Path, help="write the result here, not to stdout")
     parser.add_argument("--dir", type=Path, help="directory for temporary files")
-    parser.add_argument(
-        "--congestion-control", help="set for the run, when permitted, then restored"
-    )
+    parser.add_argument("--congestion-control", help="set for the run, when permitted, then restored")
 
 
 @contextlib.contextmanager
@@ -316,13 +308,10 @@ def congestion(arguments: argparse.Namespace) -> Iterator[None]:
 
 def table(rows: Sequence[Sequence[object]]) -> str:
     """Rows as aligned text, the first row being the heading."""
-    texts = [
-        [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows
-    ]
+    texts = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in texts
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in texts
     )
 
 

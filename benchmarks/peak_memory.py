@@ -29,9 +29,7 @@ def peak_of(url: str) -> dict[str, object]:
     import rdmaload
 
     paired.import_everything()
-    Path("/proc/self/clear_refs").write_text(
-        "5"
-    )  # the high-water mark becomes what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what is resident now
     before = resident_bytes()
     state = rdmaload.load(url)
     peak = paired.peak_bytes()

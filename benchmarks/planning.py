@@ -91,17 +91,12 @@ def plan_load(index: Any) -> Any:
     for number, file in enumerate(files):
         tensors.add_file(number, file.path, file.size, file.header)
     layout = _core.StoreLayout(
-        [
-            (f"model/chunks/{GENERATION}/{file.number}/", file.size, file.first_chunk)
-            for file in files
-        ],
+        [(f"model/chunks/{GENERATION}/{file.number}/", file.size, file.first_chunk) for file in files],
         index.chunk_bytes,
         True,
         index.crcs,
     )
-    return _core.plan_into_arenas(
-        tensors, layout, list(range(len(tensors))), _core.PlanLimits(whole_chunks=True)
-    )
+    return _core.plan_into_arenas(tensors, layout, list(range(len(tensors))), _core.PlanLimits(whole_chunks=True))
 
 
 def main() -> None:

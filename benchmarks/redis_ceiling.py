@@ -35,9 +35,7 @@ class Ceiling:
         self.chunks = chunk_keys(server, model)
         self._keys.write_text("".join(f"{key} {length}\n" for key, length in self.chunks))
 
-    def run(
-        self, connections: int, bytes_in_flight: int, dump: Path | None = None
-    ) -> paired.Measured:
+    def run(self, connections: int, bytes_in_flight: int, dump: Path | None = None) -> paired.Measured:
         """One run of the program, as it measured itself."""
         command = [self._program, self._server.host, self._server.port, self._keys]
         command += [connections, bytes_in_flight, *([] if dump is None else [dump])]
@@ -47,9 +45,7 @@ class Ceiling:
         answer = json.loads(done.stdout)
         return paired.Measured(answer["seconds"], answer["cpu_seconds"])
 
-    def check(
-        self, directory: Path, files: Sequence[Path], connections: int, in_flight: int
-    ) -> None:
+    def check(self, directory: Path, files: Sequence[Path], connections: int, in_flight: int) -> None:
         """Compare what the program received with `files`, one after the other."""
         dump = directory / "dump"
         self.run(connections, in_flight, dump)

@@ -42,9 +42,7 @@ def main() -> None:
             assert checkpoints.compare(state, checkpoint.directory) == checkpoint.bytes
 
         def theirs(hiredis: bool) -> object:
-            with sglang_way.connect(
-                their_server.host, their_server.port, hiredis=hiredis
-            ) as client:
+            with sglang_way.connect(their_server.host, their_server.port, hiredis=hiredis) as client:
                 return sglang_way.load(client, "model")
 
         with their_server.client() as client:
@@ -67,9 +65,7 @@ def main() -> None:
             paired.import_everything()
             url = our_server.url("model")
             rdmaload.save(checkpoint.directory, url)
-            own = paired.Way(
-                "rdmaload", lambda: ours(url), check=check, server_pid=lambda: our_server.pid
-            )
+            own = paired.Way("rdmaload", lambda: ours(url), check=check, server_pid=lambda: our_server.pid)
         result = paired.compare(own, others, checkpoint.bytes, arguments.pairs)
         paired.report("redis_vs_sglang_way", {"result": result}, arguments.json)
 

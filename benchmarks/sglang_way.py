@@ -50,9 +50,7 @@ def store(client: redis.Redis, model: str, directory: Path, rank: int = 0) -> in
     return total
 
 
-def weight_iterator(
-    client: redis.Redis, model: str, rank: int = 0
-) -> Iterator[tuple[str, torch.Tensor]]:
+def weight_iterator(client: redis.Redis, model: str, rank: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors of one rank, in the order in which SCAN gave the keys."""
     import safetensors.torch
 

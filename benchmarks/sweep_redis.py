@@ -49,11 +49,7 @@ def main() -> None:
         with machine.server_congestion_control(name) as in_force:
             usable += [name] if in_force else []
     usable = usable or [machine.congestion_control() or "unknown"]
-    settings = list(
-        itertools.product(
-            arguments.chunk_bytes, arguments.connections, arguments.bytes_in_flight, usable
-        )
-    )
+    settings = list(itertools.product(arguments.chunk_bytes, arguments.connections, arguments.bytes_in_flight, usable))
     ours: dict[Any, paired.Series] = {setting: paired.Series() for setting in settings}
     ceilings: dict[Any, paired.Series] = {setting: paired.Series() for setting in settings}
     with tempfile.TemporaryDirectory(dir=arguments.dir) as name, RedisServer() as server:
@@ -78,10 +74,8 @@ def main() -> None:
                 program = programs[chunk_bytes]
                 ceiling = paired.Way(
                     "ceiling",
-                    lambda program=program, connections=connections, in_flight=in_flight: (
-                        program.run(  # type: ignore[misc]
-                            connections, in_flight
-                        )
+                    lambda program=program, connections=connections, in_flight=in_flight: program.run(  # type: ignore[misc]
+                        connections, in_flight
                     ),
                     server_pid=lambda: server.pid,
                 )

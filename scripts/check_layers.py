@@ -26,13 +26,16 @@ PYTHON_ORDER = [
     {"errors", "stats"},
     {"urls", "options", "weights", "manifest", "index"},
     {"connectors"},
-    {"tensors", "host_memory", "threads", "generations", "reader", "report", "selection", "targets", "pull", "sources", "state_dict", "journal", "upload",
-     "publish", "files_save", "_save", "_prune", "model", "loading"},
+    {"tensors", "host_memory", "threads", "generations", "reader", "report", "selection", "targets", "fill", "pull"}
+    | {"sources", "state_dict", "journal", "upload", "publish", "files_save"}
+    | {"_save", "_prune", "model", "loading"},
     {"integrations", "cli"},
-]  # fmt: skip
+]
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
-_IMPORT = re.compile(r"^(\s*)(?:from rdmaload\.(\w+)[\w.]* import|from rdmaload import (\w+)|import rdmaload\.(\w+))", re.M)
+_IMPORT = re.compile(
+    r"^(\s*)(?:from rdmaload\.(\w+)[\w.]* import|from rdmaload import (\w+)|import rdmaload\.(\w+))", re.M
+)
 
 
 def check_cpp(csrc: Path) -> list[str]:

@@ -76,8 +76,7 @@ def files_differing(original: Path, copy: Path) -> list[str]:
     return [
         name
         for name in sorted(names)
-        if not (copy / name).is_file()
-        or (copy / name).read_bytes() != (original / name).read_bytes()
+        if not (copy / name).is_file() or (copy / name).read_bytes() != (original / name).read_bytes()
     ]
 
 
@@ -90,9 +89,7 @@ def run(total_bytes: float, directory: Path, steps: Steps) -> None:
     with steps.step("make a checkpoint") as step:
         checkpoint = checkpoints.llama_like(directory / "checkpoint", total_bytes)
         step.bytes = checkpoint.file_bytes
-        step.verified = (
-            f"{len(checkpoint.tensors)} tensors, {len(checkpoint.weight_files)} weight files"
-        )
+        step.verified = f"{len(checkpoint.tensors)} tensors, {len(checkpoint.weight_files)} weight files"
     with contextlib.ExitStack() as stack:
         with steps.step("start redis-server") as step:
             server = stack.enter_context(RedisServer())
@@ -114,9 +111,7 @@ def run(total_bytes: float, directory: Path, steps: Steps) -> None:
             pulled = rdmaload.pull_files(url, directory / "pulled")
             if differing := files_differing(checkpoint.directory, Path(pulled)):
                 raise checkpoints.Mismatch(f"pulled files differ: {', '.join(differing)}")
-            step.bytes = sum(
-                path.stat().st_size for path in Path(pulled).rglob("*") if path.is_file()
-            )
+            step.bytes = sum(path.stat().st_size for path in Path(pulled).rglob("*") if path.is_file())
             step.verified = "every byte of every file is equal"
         del state
         with steps.step("load from the directory") as step:
@@ -140,9 +135,7 @@ def refuse_when_short(total_bytes: float, directory: Path) -> str | None:
         ),
     ):
         if free < needed:
-            return (
-                f"{what}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed; try --bytes 2e8"
-            )
+            return f"{what}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed; try --bytes 2e8"
     return None
 
 
@@ -155,9 +148,7 @@ def size(text: str) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--bytes", type=size, default=1e9, help="size of the checkpoint (default 1e9)"
-    )
+    parser.add_argument("--bytes", type=size, default=1e9, help="size of the checkpoint (default 1e9)")
     parser.add_argument("--dir", type=Path, help="where the temporary directory is made")
     options = parser.parse_args(arguments)
     from rdmaload.errors import RdmaloadError

@@ -30,11 +30,11 @@ from rdmaload.errors import (
 from rdmaload.generations import resolve
 from rdmaload.index import IndexFile, index_of_files
 from rdmaload.manifest import Manifest
-from rdmaload.reader import StoreReader, Tick
+from rdmaload.reader import StoreReader
 from rdmaload.report import ProgressCallback, Report
-from rdmaload.selection import Patterns, RankTensors, as_patterns, is_selected, parts_of, placed_tensors, tensors_of
+from rdmaload.selection import Patterns, RankTensors, as_patterns, is_selected, placed_tensors, plans_of, tensors_of
 from rdmaload.stats import LoadStats
-from rdmaload.tensors import TensorSpec, converted_bytes, import_target
+from rdmaload.tensors import TensorSpec, converted_bytes
 from rdmaload.weights import has_weight_suffix
 
 if TYPE_CHECKING:
@@ -44,10 +44,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Model"]
 
-# A window is read in this many parts, so that reading goes on while the first is consumed.
-_WINDOW_PARTS = 4
-_PULL_WINDOW_BYTES = 128 << 20  # files are written as they come
-_PULL_BLOCK_BYTES = 16 << 20
 
 _open_models: weakref.WeakSet[Model] = weakref.WeakSet()
 
@@ -266,11 +262,6 @@ class Model:
             raise ValueError(f"window_bytes must be positive, not {window}")
         return window if options.max_host_bytes is None else min(window, options.max_host_bytes)
 
-    def _plans(self, weights: RankTensors, selection: Sequence[int], window: int) -> Iterator[_core.LoadPlan]:
-        sizes = [weights.specs[position].nbytes for position in selection]
-        for part in parts_of(selection, sizes, max(1, window // _WINDOW_PARTS)):
-            yield self._reader.plan(weights.native, part)
-
     def _stream(
         self,
         rank: int | None,
@@ -287,7 +278,7 @@ class Model:
         report = self._load_report(stats, progress)
         weights = self._weights_of(rank)
         selection, names = weights.select(include, exclude)
-        plans = self._plans(weights, selection, window)
+        plans = plans_of(self._reader, weights, selection, window)
         total = sum(weights.specs[position].nbytes for position in selection)
         limit = self._connector.options.max_host_bytes
         largest = max((weights.specs[position].nbytes for position in selection), default=0)
@@ -331,6 +322,7 @@ class Model:
         is checked before anything is read: LayoutMismatchError for names and shapes, TypeError for a dtype that needs
         `cast=True`. A failure while reading is PartialLoadError, whose `.loaded` names the complete tensors.
         """
+        from rdmaload.fill import Filling
         from rdmaload.targets import Targets
 
         self._check_open()
@@ -338,72 +330,22 @@ class Model:
         report = self._load_report(stats, progress)
         weights = self._weights_of(rank)
         selection, names = weights.select(include, exclude)
-        wanted = [(position, name) for position in selection for name in names[position]]
-        targets = Targets(target, {name: weights.specs[position] for position, name in wanted}, self.url)
-        filtered = include is not None or exclude is not None
-        targets.check_names(strict=strict, filtered=filtered)
-        in_place: dict[int, list[str]] = {}  # by stored tensor: its first target, and those tied to that
-        staged: dict[int, list[str]] = {}
-        for position, name in wanted:
-            if name not in targets:
-                continue
-            direct = targets.direct(name, cast=cast)
-            if position in in_place and targets.is_same_memory(name, in_place[position][0]):
-                in_place[position].append(name)
-            elif direct and position not in in_place and targets.claim(name):
-                in_place[position] = [name]
-            else:
-                staged.setdefault(position, []).append(name)
-        loaded: list[str] = []
+        wanted = {name: weights.specs[position] for position in selection for name in names[position]}
+        targets = Targets(target, wanted, self.url)
+        targets.check_names(strict=strict, filtered=include is not None or exclude is not None)
+        filling = Filling(weights, {position: names[position] for position in selection}, targets, cast=cast)
         try:
-            plan = self._reader.plan(weights.native, list(in_place), into_tensors=True)
-            destinations = [
-                import_target(names[0], targets[names[0]], weights.specs[position].nbytes)
-                for position, names in in_place.items()
-            ]
-            tick = report.expect(plan.read_bytes + sum(weights.specs[position].nbytes for position in staged))
-            batch = self._reader.start(plan, destinations)
-            try:
-                self._reader.finish(batch, stats, tick)
-            finally:
-                unfinished = set(batch.operation.unfinished_regions())
-                for region, tied in enumerate(in_place.values()):
-                    loaded += tied if region not in unfinished else []
-            stats.bytes += plan.wanted_bytes
-            staged_tick = None if tick is None else lambda done: tick(plan.read_bytes + done)
-            self._load_staged(staged, weights, targets, loaded, stats, staged_tick)
+            filling.run(self._reader, stats, report, self._window(None))
         except RdmaloadError as error:
             raise PartialLoadError(
-                f"{self.url}: {len(loaded)} of {len(wanted)} tensors were loaded, then: {error}",
+                f"{self.url}: {len(filling.loaded)} of {len(wanted)} tensors were loaded, then: {error}",
                 url=self.url,
                 key=error.key,
-                loaded=loaded,
+                loaded=filling.loaded,
             ) from error
         finally:
             report.end()
         return stats
-
-    def _load_staged(
-        self,
-        staged: Mapping[int, list[str]],
-        weights: RankTensors,
-        targets: Mapping[str, torch.Tensor],
-        loaded: list[str],
-        stats: LoadStats,
-        tick: Tick | None,
-    ) -> None:
-        import torch
-
-        selection = sorted(staged)
-        window = self._window(None)
-        plans = self._plans(weights, selection, window)
-        for batch in self._reader.stream(plans, window_bytes=window, stats=stats, tick=tick, reuse=True):
-            for position, name, tensor in placed_tensors(batch, weights, staged):
-                with torch.no_grad():
-                    targets[name].copy_(tensor)
-                loaded.append(name)
-                stats.bytes += weights.specs[position].nbytes
-                stats.copied_bytes += weights.specs[position].nbytes
 
     def pull_files(
         self,
@@ -419,7 +361,7 @@ class Model:
         Patterns are fnmatch on the path; without `allow_pattern` all files but weights are copied. Each file appears
         whole, verified, or not at all. Raises NotFoundError when `allow_pattern` matches nothing.
         """
-        from rdmaload.pull import pull
+        from rdmaload.pull import blocks_of, pull
 
         self._check_open()
         allow, ignore = as_patterns(allow_pattern), as_patterns(ignore_pattern)
@@ -435,7 +377,7 @@ class Model:
         report = Report("pull", stats, progress, len(chosen))
         try:
             total = sum(file.size for _, file in chosen)
-            pull(self._blocks(chosen, stats, report.expect(total)), directory)
+            pull(blocks_of(self._reader, self._index, chosen, stats, report.expect(total)), directory)
             stats.bytes = total
         finally:
             report.end()
@@ -446,36 +388,20 @@ class Model:
 
         `stats.unverified_bytes` says how much has no checksum to compare with.
         """
+        from rdmaload.pull import blocks_of
+
         self._check_open()
         stats = self.stats_for(stats)
         files = list(enumerate(self._index.files))
         report = Report("verify", stats, progress, len(files))
         try:
-            for _, blocks in self._blocks(files, stats, report.expect(self._index.total_bytes)):
+            tick = report.expect(self._index.total_bytes)
+            for _, blocks in blocks_of(self._reader, self._index, files, stats, tick):
                 for block in blocks:
                     stats.bytes += len(block)
         finally:
             report.end()
         return stats
-
-    def _blocks(
-        self, files: Sequence[tuple[int, IndexFile]], stats: LoadStats, tick: Tick | None
-    ) -> Iterator[tuple[IndexFile, Iterator[memoryview]]]:
-        """Each file with its content in blocks; a block is valid until the next is asked for."""
-        done_before = 0
-        for position, file in files:
-            native = _core.TensorIndex()
-            native.add_blocks(position, file.size, self._block_bytes())
-            plans = (self._reader.plan(native, [block]) for block in range(len(native)))
-            tick_of = None if tick is None else (lambda done, before=done_before: tick(before + done))
-            batches = self._reader.stream(plans, window_bytes=_PULL_WINDOW_BYTES, stats=stats, tick=tick_of, reuse=True)
-            yield file, (memoryview(batch.arenas[0])[: batch.plan.wanted_bytes] for batch in batches)
-            done_before += file.size
-
-    def _block_bytes(self) -> int:
-        # Whole chunks, so that no chunk is read for two blocks.
-        chunk = self._index.chunk_bytes or 1
-        return max(1, _PULL_BLOCK_BYTES // chunk) * chunk
 
     def _weights_of(self, rank: int | None) -> RankTensors:
         self._check_open()

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING
 from rdmaload import _core
 from rdmaload.errors import FormatError
 from rdmaload.index import IndexFile
-from rdmaload.reader import Batch
+from rdmaload.reader import Batch, StoreReader
 from rdmaload.tensors import TensorSpec, export_tensor
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Patterns", "RankTensors", "as_patterns", "is_selected", "parts_of", "placed_tensors", "tensors_of"]
+__all__ = ["Patterns", "RankTensors", "as_patterns", "is_selected", "placed_tensors", "plans_of", "tensors_of"]
 
 Patterns = str | Sequence[str] | None
+
+# A window is read in this many parts, so that reading goes on while the first is consumed.
+_WINDOW_PARTS = 4
 
 
 def as_patterns(patterns: Patterns) -> list[str] | None:
@@ -77,18 +80,22 @@ class RankTensors:
         return sorted(names), names
 
 
-def parts_of(selection: Sequence[int], sizes: Sequence[int], part_bytes: int) -> Iterator[list[int]]:
-    """Runs of the selection of at most `part_bytes` together; a larger tensor is a run of its own."""
+def plans_of(
+    reader: StoreReader, weights: RankTensors, selection: Sequence[int], window_bytes: int
+) -> Iterator[_core.LoadPlan]:
+    """Plans that read the selection in order, in parts of which several fit into the window."""
+    part_bytes = max(1, window_bytes // _WINDOW_PARTS)
     part: list[int] = []
     total = 0
-    for position, nbytes in zip(selection, sizes, strict=True):
+    for position in selection:
+        nbytes = weights.specs[position].nbytes
         if part and total + nbytes > part_bytes:
-            yield part
+            yield reader.plan(weights.native, part)
             part, total = [], 0
         part.append(position)
         total += nbytes
     if part:
-        yield part
+        yield reader.plan(weights.native, part)
 
 
 def placed_tensors(

@@ -51,9 +51,7 @@ def _missing(hardware: str) -> str | None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     required = {word.strip() for word in os.environ.get("RDMALOAD_REQUIRE", "").split(",")} - {""}
     if unknown := required - {"cuda", "rdma"}:
-        raise pytest.UsageError(
-            f"RDMALOAD_REQUIRE: {', '.join(sorted(unknown))} is neither cuda nor rdma"
-        )
+        raise pytest.UsageError(f"RDMALOAD_REQUIRE: {', '.join(sorted(unknown))} is neither cuda nor rdma")
     for hardware in ("cuda", "rdma"):
         if item.get_closest_marker(f"needs_{hardware}") is None:
             continue
@@ -122,9 +120,7 @@ _session_descriptors: set[int] = set()
 
 def _threads() -> set[str]:
     """Python threads, and native ones that carry this project's name."""
-    found = {
-        f"thread {thread.name}" for thread in threading.enumerate() if not _library_thread(thread)
-    }
+    found = {f"thread {thread.name}" for thread in threading.enumerate() if not _library_thread(thread)}
     for task in Path("/proc/self/task").iterdir():
         try:
             name = (task / "comm").read_text().strip()

@@ -596,6 +596,16 @@ def test_a_journal_of_chunks_that_are_gone_is_ignored(
     assert stored(url) == files_of(source)
 
 
+def test_a_changed_file_of_the_same_size_is_sent_anew(source: Path, url: str, scripted: Callable[..., str]) -> None:
+    sent_but_unpublished(source, url, scripted, save_id="mine")
+    content = bytearray((source / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (source / "model.safetensors").write_bytes(content)
+    stats = save(source, url, chunk_bytes=1000, save_id="mine")
+    assert stats.skipped_bytes == stats.bytes - len(content)
+    assert stored(url) == files_of(source)
+
+
 def test_another_chunk_size_is_another_save(source: Path, url: str, scripted: Callable[..., str]) -> None:
     for save_id in (None, "mine"):
         sent_but_unpublished(source, url, scripted, save_id=save_id)

@@ -260,6 +260,39 @@ def test_a_late_attempt_does_not_write_into_what_is_published(scheme: Callable[[
         assert read_model(plain) == files_of("b", 1, sharded=False)
 
 
+def test_the_claims_go_after_the_generation_that_gives_them_meaning(
+    scheme: Callable[[Script], str], model: str
+) -> None:
+    deletes: list[str] = []
+
+    with connector_for(f"memory://{model}/m") as plain:
+
+        def script(kind: str, key: str, effect: Callable[[], object]) -> object:
+            result = effect()
+            if kind == "delete" and key.startswith("m/saving/"):
+                deletes.append(key)
+                assert plain.get("m/saving/s/generation") is None
+            return result
+
+        save(state_of("a", 0), f"{scheme(script)}://{model}/m", save_id="s", chunk_bytes=CHUNK)
+        assert len(deletes) > 1
+        assert not list(plain.list("m/saving/"))
+
+
+def test_prune_looks_again_before_it_removes(scheme: Callable[[Script], str], model: str) -> None:
+    url = f"memory://{model}/m"
+    with connector_for(url) as plain:
+        first = save(state_of("a", 0), url, chunk_bytes=CHUNK)
+        manifest = plain.get("m/manifest")
+        assert manifest is not None
+        save(state_of("b", 0), url, chunk_bytes=CHUNK)
+        note = f"superseded/{first.generation}"
+        plain.set(f"m/{note}", b"2020-01-01T00:00:00Z")
+        script = Interject("get", note, lambda: plain.set("m/manifest", manifest))
+        prune(url.replace("memory", scheme(script), 1))
+        assert read_model(plain) == files_of("a", 1, sharded=False)
+
+
 def test_cleaning_up_leaves_the_next_save_of_that_id_alone(scheme: Callable[[Script], str], model: str) -> None:
     url = f"memory://{model}/m"
     first = (state_of("a", 0), "s")
@@ -305,7 +338,7 @@ def test_one_save_id_for_two_contents_is_an_error(scheme: Callable[[Script], str
 
 def test_a_save_that_was_removed_meanwhile_publishes_nothing(scheme: Callable[[Script], str], model: str) -> None:
     url = f"memory://races/{model}"
-    for kind, ending in (("set", "/index"), ("set", "/parts/0"), ("get", "/parts/0")):
+    for kind, ending in (("set", "/index"), ("set", "/parts/0"), ("exists", "/parts/0"), ("get", "/parts/0")):
         late = scheme(Interject(kind, ending, lambda: remove(url)))
         with pytest.raises((StaleGenerationError, NotFoundError), match=r"(?i)published nothing|nothing was published"):
             save(state_of("a", 0), url.replace("memory", late, 1), chunk_bytes=CHUNK)

@@ -37,9 +37,7 @@ def _client(proxy: FaultProxy | ScriptedServer, timeout: float = 10) -> redis.Re
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    return redis.Redis(
-        proxy.host, proxy.port, protocol=2, socket_timeout=timeout, retry=Retry(NoBackoff(), 0)
-    )
+    return redis.Redis(proxy.host, proxy.port, protocol=2, socket_timeout=timeout, retry=Retry(NoBackoff(), 0))
 
 
 def _read(proxy: FaultProxy | ScriptedServer, key: str, timeout: float = 10) -> tuple[bytes, str]:
@@ -123,9 +121,7 @@ def test_a_server_that_cannot_start_shows_its_log() -> None:
 # The proxy
 
 
-def test_the_proxy_without_faults_changes_nothing_and_counts(
-    redis_server: RedisServer, key: str
-) -> None:
+def test_the_proxy_without_faults_changes_nothing_and_counts(redis_server: RedisServer, key: str) -> None:
     with _proxy(redis_server) as proxy, _client(proxy) as client:
         assert client.get(key) == VALUE
         assert proxy.connections == 1
@@ -145,9 +141,7 @@ def test_large_pipelines_pass_in_both_directions(redis_server: RedisServer, mode
             assert pipeline.execute()[1::2] == [VALUE[:100_000]] * 200
 
 
-def test_a_refusing_proxy_can_open_later_on_the_same_port(
-    redis_server: RedisServer, key: str
-) -> None:
+def test_a_refusing_proxy_can_open_later_on_the_same_port(redis_server: RedisServer, key: str) -> None:
     with _proxy(redis_server, mode="refuse") as proxy:
         with pytest.raises(ConnectionRefusedError):
             _read(proxy, key)
@@ -179,9 +173,7 @@ def test_a_connection_ends_after_exactly_so_many_bytes(
         assert proxy.connections == 2
 
 
-def test_a_fault_in_the_middle_of_a_reply_to_a_client_of_redis(
-    redis_server: RedisServer, key: str
-) -> None:
+def test_a_fault_in_the_middle_of_a_reply_to_a_client_of_redis(redis_server: RedisServer, key: str) -> None:
     with (
         _proxy(redis_server, faults.Reset(after=500_000, first_connections=1)) as proxy,
         _client(proxy) as client,
@@ -403,9 +395,7 @@ def test_compare_finds_one_changed_byte_a_missing_tensor_and_one_too_many(
 
 
 def test_the_same_seed_gives_the_same_files(tmp_path: Path) -> None:
-    first, second = (
-        checkpoints.llama_like(tmp_path / name, 1e5, files=2, seed=3) for name in ("a", "b")
-    )
+    first, second = (checkpoints.llama_like(tmp_path / name, 1e5, files=2, seed=3) for name in ("a", "b"))
     other = checkpoints.llama_like(tmp_path / "c", 1e5, files=2, seed=4)
     for path in first.directory.iterdir():
         assert path.read_bytes() == (second.directory / path.name).read_bytes()

@@ -157,9 +157,7 @@ class FaultProxy:
                 self.connections += 1
                 self._changed.notify_all()
             faults = [
-                fault
-                for fault in self._faults
-                if fault.first_connections is None or number < fault.first_connections
+                fault for fault in self._faults if fault.first_connections is None or number < fault.first_connections
             ]
             thread = threading.Thread(target=_Connection(self, client, faults).serve)
             thread.name = f"fault-proxy-{self.port}-{number}"
@@ -219,9 +217,7 @@ class _Connection:
         self._to_client = bytearray()
         self._to_server = bytearray()
         self._passed = 0  # bytes of the server put into _to_client
-        self._ends = sorted(
-            (fault for fault in faults if isinstance(fault, ByteFault)), key=lambda end: end.after
-        )
+        self._ends = sorted((fault for fault in faults if isinstance(fault, ByteFault)), key=lambda end: end.after)
         self._flips = [fault for fault in faults if isinstance(fault, FlipBit)]
         self._delay = sum(fault.seconds for fault in faults if isinstance(fault, Delay))
         self._rates = [fault.bytes_per_second for fault in faults if isinstance(fault, Throttle)]
@@ -267,9 +263,7 @@ class _Connection:
                 now = time.monotonic()
                 held = bool(self._to_client) and now < self._not_before
                 writable = bool(self._to_client) and not held
-                reading = (
-                    server_open and not self._at_end() and len(self._to_client) < PENDING_BYTES
-                )
+                reading = server_open and not self._at_end() and len(self._to_client) < PENDING_BYTES
                 _watch(selector, self._client, len(self._to_server) < PENDING_BYTES, writable)
                 _watch(selector, self._server, reading, bool(self._to_server))
                 events = selector.select(self._not_before - now if held else None)

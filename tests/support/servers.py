@@ -101,9 +101,7 @@ class RedisServer:
             time.sleep(0.002)
 
     def _answers(self) -> bool:
-        family = (
-            socket.AF_UNIX if self.path else socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        )
+        family = socket.AF_UNIX if self.path else socket.AF_INET6 if ":" in self.host else socket.AF_INET
         with socket.socket(family) as probe:
             probe.settimeout(1)
             try:

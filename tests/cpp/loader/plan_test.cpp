@@ -184,7 +184,7 @@ std::vector<uint32_t> all_of(const Model& model) {
 
 TEST_CASE("random plans read exactly what they should and put every byte in its place") {
   std::mt19937_64 random(42);
-  for (int round = 0; round < 800; ++round) {
+  for (int round = 0; round < 400; ++round) {
     CAPTURE(round);
     Model model;
     for (uint64_t files = pick(random, 1, 4); files > 0; --files) {

@@ -6,7 +6,9 @@
 
 #include <cstdint>
 #include <cstring>
+#include <fstream>
 #include <limits>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -61,7 +63,7 @@ TEST_CASE("arenas do not overlap") {
   CHECK(third.data()[99] == std::byte{3});
 }
 
-TEST_CASE("dropping an arena gives its memory back to the system, what was cut off included") {
+TEST_CASE("dropping an arena gives its memory back to the system") {
   for (const size_t size : {size_t{100}, kHuge + 1}) {
     const std::byte* data;
     {
@@ -73,6 +75,21 @@ TEST_CASE("dropping an arena gives its memory back to the system, what was cut o
     CHECK_FALSE(mapped(data));
     CHECK_FALSE(mapped(data + size - 1));
   }
+}
+
+TEST_CASE("what was mapped only to find an aligned place is given back too") {
+  const auto mapped_pages = [] {
+    size_t pages = 0;
+    std::ifstream("/proc/self/statm") >> pages;
+    return pages;
+  };
+  const size_t before = mapped_pages();
+  std::vector<std::unique_ptr<HostArena>> arenas;
+  for (int i = 0; i < 20; ++i) arenas.push_back(std::make_unique<HostArena>(kHuge + 1));
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  CHECK(mapped_pages() - before <= 20 * (kHuge / page + 1) + kHuge / page);
+  arenas.clear();
+  CHECK(mapped_pages() - before <= kHuge / page);
 }
 
 TEST_CASE("more than the system has is bad_alloc, not a wrapped size") {

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <thread>
 
 #include "support/reads.h"
@@ -84,6 +86,23 @@ TEST_CASE("remove takes every read of the owner and leaves the others in order")
   std::vector<Read*> left{queue.pop(Deadline::never()), queue.pop(Deadline::never())};
   std::sort(left.begin(), left.end());
   CHECK(left == std::vector<Read*>{&reads[1], &reads[3]});
+}
+
+TEST_CASE("delayed reads still leave in order of their times after others were removed") {
+  constexpr int kReads = 60;
+  ReadQueue queue;
+  RecordingOwner mine, other;
+  std::vector<Read> reads(kReads);
+  std::vector<int> order(kReads);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), std::mt19937(3));
+  const auto begin = in(std::chrono::milliseconds(20));
+  for (const int i : order) {
+    reads[i].owner = i % 3 == 0 ? &other : &mine;
+    REQUIRE(queue.push(reads[i], begin + std::chrono::microseconds(100 * i)));
+  }
+  CHECK(queue.remove(mine).size() == 40);
+  for (int i = 0; i < kReads; i += 3) CHECK(queue.pop(Deadline::never()) == &reads[i]);
 }
 
 TEST_CASE("stop wakes all waiters, hands back what is left and refuses more") {
