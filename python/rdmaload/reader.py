@@ -82,6 +82,9 @@ class StoreReader:
             started = list(self._started)
         for operation in started:
             operation.cancel()
+        for operation in started:  # a reader in Python that outlives the interpreter would bring the process down
+            while not operation.wait_for(_TICK_SECONDS):
+                pass
         del transport
 
     def transport(self) -> _core.Transport:

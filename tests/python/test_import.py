@@ -128,3 +128,18 @@ next(other)
 print("fine")
 """
     assert python(code) == "fine\n"
+
+
+def test_the_process_ends_with_reads_under_way() -> None:
+    # Without waiting for them this aborts in some of the runs.
+    code = """
+import sys, torch, rdmaload
+from rdmaload import _core
+rdmaload.save({"a": torch.zeros(500_000)}, "memory://s/m", chunk_bytes=1000)
+model = rdmaload.open("memory://s/m")
+plan = model._reader.plan(model._weights_of(None).native, [0])
+sys.kept = model._reader.start(plan, [_core.HostArena(nbytes) for nbytes in plan.region_bytes])
+print("fine")
+"""
+    for _ in range(3):
+        assert python(code) == "fine\n"

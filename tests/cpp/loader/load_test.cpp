@@ -396,6 +396,26 @@ TEST_CASE(
   }
 }
 
+TEST_CASE("every read has its own count of attempts") {
+  Fixture fixture(5);
+  LoadOptions options;
+  options.queued_reads = 1;
+  const auto transport = std::make_shared<ManualTransport>();
+  fixture.make(transport, options);
+  fixture.load->start();
+  for (int chunk = 0; chunk < 4; ++chunk) {
+    for (int attempt = 0; attempt < 2; ++attempt)
+      finish(transport->take(), Status(ErrorCode::kIntegrity, "bad"));
+    Read* read = transport->take();
+    REQUIRE(read != nullptr);
+    fixture.serve(read);
+  }
+  CHECK(fixture.load->counters().retries == 8);
+  finish(transport->take(), Status(ErrorCode::kNotFound, "gone"));
+  REQUIRE(fixture.load->wait(now()));
+  CHECK(mentions(fixture.status(), "attempt 1)"));
+}
+
 TEST_CASE("kFormat counts against the same limit as wrong bytes, network failures do not") {
   Fixture fixture(1);
   const auto transport = std::make_shared<ManualTransport>();
@@ -443,6 +463,7 @@ TEST_CASE(
   finish(taken[1], Status(ErrorCode::kAuthentication, "second"));
   finish(taken[0], Status(ErrorCode::kUnavailable, "third"));
   finish(taken[2], Status(ErrorCode::kCancelled, "fourth"));
+  CHECK(transport->waiting() == 0);
   CHECK_FALSE(fixture.load->wait(now()));  // one may still write
   fixture.serve(taken[4]);
   REQUIRE(fixture.load->wait(now()));
@@ -491,7 +512,8 @@ TEST_CASE("cancel ends what is queued at once and waits for what is in flight") 
   CHECK(transport->waiting() == 0);
   CHECK(in_flight->owner->cancelled());
   CHECK_FALSE(fixture.load->wait(Deadline::after(std::chrono::milliseconds(20))));
-  finish(in_flight, Status(ErrorCode::kUnavailable, "lost"));  // is not tried again
+  finish(in_flight, Status(ErrorCode::kUnavailable, "lost"));
+  CHECK(transport->waiting() == 0);  // it is not tried again
   CHECK(fixture.load->wait(now()));
   CHECK(fixture.status().code() == ErrorCode::kCancelled);
   CHECK(fixture.load->failed_object().empty());

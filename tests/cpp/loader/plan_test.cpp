@@ -266,6 +266,18 @@ TEST_CASE("neighbours that stay neighbours are one segment of one read") {
   CHECK(plan.region_bytes == std::vector<uint64_t>{640});
 }
 
+TEST_CASE("ranges are joined over a gap of just the bound, and not over one byte more") {
+  Model model;
+  model.add_blocks(100, 10, 1);
+  PlanLimits limits;
+  limits.coalesce_gap = 20;
+  CHECK(plan_into_tensors(model.index, model.layout, std::vector<uint32_t>{0, 3}, limits).reads.size() == 1);
+  limits.coalesce_gap = 19;
+  CHECK(plan_into_tensors(model.index, model.layout, std::vector<uint32_t>{0, 3}, limits).reads.size() == 2);
+  limits.coalesce_gap = 0;
+  CHECK(plan_into_tensors(model.index, model.layout, std::vector<uint32_t>{0, 1}, limits).reads.size() == 1);
+}
+
 TEST_CASE("amplification: one wanted byte of a chunk costs the chunk, or one byte without verification") {
   Model model;
   model.add_blocks(10000, 1, 1);

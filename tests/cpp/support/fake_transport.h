@@ -7,6 +7,7 @@
 #include <functional>
 #include <map>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -100,6 +101,10 @@ inline void deliver(Read& read, std::span<const std::byte> object) {
   }
 }
 
-inline void finish(Read* read, const Status& status = Status()) { read->owner->complete(*read, status); }
+// A null read, which take() returns when none came, fails the test here instead of crashing it.
+inline void finish(Read* read, const Status& status = Status()) {
+  if (read == nullptr) throw std::runtime_error("no read was submitted");
+  read->owner->complete(*read, status);
+}
 
 }  // namespace rdmaload::testing

@@ -554,6 +554,30 @@ TEST_CASE("bytes in flight fill their bound and stay within it, whatever the num
   }
 }
 
+TEST_CASE("every answer makes room for the next request") {
+  constexpr int kDepth = 4, kReads = 30;
+  RespServer server([](RespSession& session, int) {
+    int received = 0;
+    for (; received < kDepth && session.next_command(); ++received) {
+    }
+    for (int answered = 0; answered < kReads; ++answered) {
+      session.send(bulk("value"));
+      if (received < kReads && session.next_command()) ++received;
+    }
+    session.wait_for_close();
+  });
+  TransportOptions options = options_for(server);
+  options.bytes_in_flight = 5 * kDepth;
+  options.endpoint.inactivity_timeout = std::chrono::seconds(5);
+  RespTransport transport(options);
+  RecordingOwner owner;
+  std::deque<TestRead> reads;
+  for (int i = 0; i < kReads; ++i) reads.emplace_back("k", 5, owner);
+  for (auto& prepared : reads) transport.submit(prepared.read);
+  REQUIRE(owner.wait_for(kReads));
+  for (auto& prepared : reads) CHECK(owner.status_of(prepared.read).ok());
+}
+
 TEST_CASE("a read larger than the bound on bytes in flight goes alone") {
   RespStore store;
   const auto value = testing::random_bytes(100000, 3);
