@@ -27,5 +27,9 @@ if [ ! -x .venv/bin/python ]; then
   python3 -m venv .venv
 fi
 . .venv/bin/activate
-# Editable: the Python files are used in place, the extension is rebuilt here when its sources have changed.
-python -m pip install -q --disable-pip-version-check -e '.[dev]'
+# Editable: the Python files are used in place; the extension is built again only when what it is made of has changed.
+made_of=$(find pyproject.toml CMakeLists.txt csrc -type f -print0 | sort -z | xargs -0 sha256sum | sha256sum)
+if [ "$(cat .venv/made-of 2>/dev/null)" != "$made_of" ]; then
+  python -m pip install -q --disable-pip-version-check -e '.[dev]'
+  echo "$made_of" > .venv/made-of
+fi
