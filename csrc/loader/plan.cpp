@@ -102,6 +102,20 @@ class Planner {
   size_t cursor_ = 0;           // the first of wanted_ that a later read may still need
 };
 
+void check(const TensorIndex& index, std::span<const uint32_t> selection, const PlanLimits& limits) {
+  if (limits.read_bytes == 0 || limits.alignment == 0) {
+    throw Error(ErrorCode::kInvalid, "read_bytes and alignment must not be 0");
+  }
+  std::vector<bool> selected(index.tensors().size());
+  for (const uint32_t tensor : selection) {
+    if (tensor >= selected.size())
+      throw Error(ErrorCode::kInvalid, "there is no tensor " + std::to_string(tensor));
+    if (selected[tensor])
+      throw Error(ErrorCode::kInvalid, "tensor " + std::to_string(tensor) + " is selected twice");
+    selected[tensor] = true;
+  }
+}
+
 void plan_reads(const TensorIndex& index, const StoreLayout& layout, const PlanLimits& limits,
                 LoadPlan& plan) {
   const auto& tensors = index.tensors();
@@ -158,6 +172,7 @@ std::string LoadPlan::object_name(const StoreLayout& layout, const PlannedRead& 
 
 LoadPlan plan_into_arenas(const TensorIndex& index, const StoreLayout& layout,
                           std::vector<uint32_t> selection, const PlanLimits& limits) {
+  check(index, selection, limits);
   const auto& tensors = index.tensors();
   std::stable_sort(selection.begin(), selection.end(), [&](uint32_t a, uint32_t b) {
     return std::pair(tensors[a].file, tensors[a].info.begin) <
@@ -185,6 +200,7 @@ LoadPlan plan_into_arenas(const TensorIndex& index, const StoreLayout& layout,
 
 LoadPlan plan_into_tensors(const TensorIndex& index, const StoreLayout& layout,
                            std::span<const uint32_t> selection, const PlanLimits& limits) {
+  check(index, selection, limits);
   LoadPlan plan;
   for (const uint32_t tensor : selection) {
     const TensorInfo& info = index.tensors()[tensor].info;

@@ -23,9 +23,10 @@ constexpr size_t kScratchBytes = 256 << 10;
 constexpr size_t kMaxOpenFiles = 64;  // a model may have more files than the usual limit of 1024 descriptors
 
 Status failed(const std::string& what, const std::string& path, int error) {
-  const ErrorCode code = error == ENOENT || error == ENOTDIR ? ErrorCode::kNotFound
-                         : error == EACCES || error == EPERM ? ErrorCode::kAuthentication
-                                                             : ErrorCode::kUnavailable;
+  const bool no_such_file = error == ENOENT || error == ENOTDIR || error == EISDIR || error == ELOOP;
+  const ErrorCode code = no_such_file || error == ENAMETOOLONG ? ErrorCode::kNotFound
+                         : error == EACCES || error == EPERM   ? ErrorCode::kAuthentication
+                                                               : ErrorCode::kUnavailable;
   return Status(code, what + " '" + path + "' failed: " + std::strerror(error));
 }
 
@@ -41,6 +42,11 @@ class FileTransport::Descriptor {
     posix_fadvise(fd_, 0, 0, POSIX_FADV_SEQUENTIAL);  // a hint: twice the readahead
   }
   ~Descriptor() { ::close(fd_); }
+
+  uint64_t bytes() const {
+    struct stat status{};
+    return fstat(fd_, &status) == 0 ? static_cast<uint64_t>(status.st_size) : 0;
+  }
   Descriptor(const Descriptor&) = delete;
   Descriptor& operator=(const Descriptor&) = delete;
   int fd() const noexcept { return fd_; }
@@ -67,6 +73,13 @@ std::shared_ptr<const FileTransport::Descriptor> FileTransport::open(const std::
 Status FileTransport::perform(Read& read) {
   thread_local HostArena scratch(kScratchBytes);
   const auto descriptor = open(read.object);
+  if (const uint64_t bytes = descriptor->bytes();
+      bytes > read.object_bytes) {  // a shorter one shows when it ends
+    return Status(ErrorCode::kIntegrity, "file '" + root_ + "/" + read.object + "' has " +
+                                             std::to_string(bytes) + " bytes, expected " +
+                                             std::to_string(read.object_bytes) +
+                                             ": it was changed after its header was read");
+  }
   SegmentCursor cursor(read);
   const size_t piece = read.checksum ? kChecksumPieceBytes : kPieceBytes;
   std::array<iovec, 256> vectors;

@@ -1,6 +1,7 @@
 #include "transport/read_queue.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <functional>
 
 namespace rdmaload {
@@ -20,8 +21,9 @@ bool ReadQueue::push(Read& read, Clock::time_point not_before) {
   return true;
 }
 
-Read* ReadQueue::pop_ready_locked() {
+Read* ReadQueue::pop_ready_locked(uint64_t max_bytes) {
   if (!delayed_.empty() && delayed_.front().when <= Clock::now()) {
+    if (delayed_.front().read->length > max_bytes) return nullptr;
     std::pop_heap(delayed_.begin(), delayed_.end(), std::greater<>());
     Read* read = delayed_.back().read;
     delayed_.pop_back();
@@ -30,21 +32,26 @@ Read* ReadQueue::pop_ready_locked() {
   if (ready_.empty()) return nullptr;
   const auto first = ready_.begin();
   Read* read = first->second.front();
+  if (read->length > max_bytes) return nullptr;
   first->second.pop_front();
   if (first->second.empty()) ready_.erase(first);
   return read;
 }
 
-Read* ReadQueue::try_pop() {
+Read* ReadQueue::try_pop(uint64_t max_bytes) {
   std::lock_guard lock(mutex_);
-  return stopped_ ? nullptr : pop_ready_locked();
+  return stopped_ ? nullptr : pop_ready_locked(max_bytes);
 }
 
 Read* ReadQueue::pop(Deadline deadline) {
   std::unique_lock lock(mutex_);
   for (;;) {
     if (stopped_) return nullptr;
-    if (Read* read = pop_ready_locked()) return read;
+    if (Read* read = pop_ready_locked(UINT64_MAX)) {
+      // Another waiter may sleep until the time of a delayed read that has come meanwhile.
+      if (!ready_.empty() || !delayed_.empty()) changed_.notify_one();
+      return read;
+    }
     if (deadline.passed()) return nullptr;
     auto until = deadline.when();
     if (!delayed_.empty()) until = std::min(until, delayed_.front().when);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <condition_variable>
+#include <cstdint>
 #include <deque>
 #include <map>
 #include <mutex>
@@ -19,8 +20,8 @@ class ReadQueue {
  public:
   // False once stopped: the caller still has the read to complete.
   bool push(Read& read, Clock::time_point not_before);
-  // The next read that may start now, or nullptr.
-  Read* try_pop();
+  // The next read that may start now, or nullptr when there is none or it is longer than max_bytes.
+  Read* try_pop(uint64_t max_bytes = UINT64_MAX);
   // Waits until a read may start (returned), the deadline passes or stop() was called (nullptr).
   Read* pop(Deadline deadline);
   // Takes out every waiting read of this owner.
@@ -35,7 +36,7 @@ class ReadQueue {
     Read* read;
     bool operator>(const Delayed& other) const { return when > other.when; }
   };
-  Read* pop_ready_locked();
+  Read* pop_ready_locked(uint64_t max_bytes);
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;

@@ -1,10 +1,9 @@
 // The read contract: what every way of moving bytes promises to the loader.
 //
 // - A Read names an object, a byte range of it, and the segments of memory where those bytes go, in order.
-// - submit() never blocks on I/O. A submitted read completes exactly once, on a thread of the transport,
-// through its
-//   owner; until then the transport may write to its segments, afterwards never again. A failed read may have
-//   written any part of its segments.
+// - submit() never blocks on I/O. A submitted read completes exactly once, through its owner; until then
+//   the transport may write to its segments, afterwards never again. A failed read may have written any
+//   part of its segments.
 // - A Read is one attempt. Whether and when to try again is the owner's decision (loader/load.h).
 // - cancel(owner) makes every read of that owner complete soon, with kCancelled unless it was done already.
 // - Destroying a transport completes whatever is outstanding with kCancelled first.
@@ -52,8 +51,8 @@ struct Read {
 
 class ReadOwner {
  public:
-  // Called once per submitted read, on a transport thread, with no lock of the transport held. May submit
-  // again.
+  // Called once per submitted read, with no lock of the transport held: on a transport thread or, for a
+  // read that never started, on the thread that cancels or destroys. May submit again.
   virtual void complete(Read& read, const Status& status) noexcept = 0;
   // Asked between pieces of a read: true makes the transport give up early.
   virtual bool cancelled() const noexcept = 0;

@@ -34,7 +34,7 @@ from rdmaload.reader import StoreReader
 from rdmaload.report import ProgressCallback, Report
 from rdmaload.selection import Patterns, RankTensors, as_patterns, is_selected, placed_tensors, plans_of, tensors_of
 from rdmaload.stats import LoadStats
-from rdmaload.tensors import TensorSpec, converted_bytes
+from rdmaload.tensors import TensorSpec, checked_device, converted_bytes
 from rdmaload.weights import has_weight_suffix
 
 if TYPE_CHECKING:
@@ -178,13 +178,14 @@ class Model:
         `rank` picks one rank's tensors of a sharded model (a checkpoint gives all to every rank). `dtype` converts
         floating-point tensors. `include` and `exclude` are fnmatch patterns, applied before anything is read. Tied
         names give one tensor. Raises LayoutMismatchError, IntegrityError, NotFoundError, StaleGenerationError,
-        UnavailableError, LoadTimeoutError, MemoryLimitError.
+        UnavailableError, LoadTimeoutError, MemoryLimitError, DeviceError.
         """
-        if dtype is not None or str(device) != "cpu":
+        place = checked_device(device)
+        if dtype is not None or place.type != "cpu":
             window, stats = self._window(None), self.stats_for(stats)
-            if str(device).startswith("cpu"):
+            if place.type == "cpu":
                 self._require_converted(rank, dtype, include, exclude, window)
-            return dict(self._stream(rank, device, dtype, include, exclude, stats, progress, window, False))
+            return dict(self._stream(rank, place, dtype, include, exclude, stats, progress, window, False))
         self._check_open()
         stats = self.stats_for(stats)
         report = self._load_report(stats, progress)
@@ -228,7 +229,8 @@ class Model:
         """
         window = self._window(window_bytes)
         self._weights_of(rank)  # errors of layout come from this call, not from the first next()
-        return self._stream(rank, device, None, include, exclude, self.stats_for(stats), progress, window, borrow)
+        place = checked_device(device)
+        return self._stream(rank, place, None, include, exclude, self.stats_for(stats), progress, window, borrow)
 
     def _require_converted(
         self, rank: int | None, dtype: torch.dtype | None, include: Patterns, exclude: Patterns, window: int
@@ -265,7 +267,7 @@ class Model:
     def _stream(
         self,
         rank: int | None,
-        device: str | torch.device,
+        device: torch.device,
         dtype: torch.dtype | None,
         include: Patterns,
         exclude: Patterns,
@@ -292,7 +294,7 @@ class Model:
                         moved = tensor
                         if dtype is not None and tensor.is_floating_point():
                             moved = tensor.to(dtype)
-                        if str(device) != "cpu":
+                        if device.type != "cpu":
                             moved = moved.to(device)
                         stats.bytes += tensor.nbytes
                         before = position

@@ -879,3 +879,15 @@ def test_a_connector_iterates_and_pulls_by_itself(memory_url: str, tiny_checkpoi
 def test_an_unknown_option_is_refused_by_name(tiny_checkpoint: Checkpoint, wrong: str) -> None:
     with pytest.raises(rdmaload.UrlError, match=f"unknown option {wrong}"):
         rdmaload.load(tiny_checkpoint.directory, **{wrong: 3})
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
+    device: str, tiny_checkpoint: Checkpoint
+) -> None:
+    with rdmaload.open(tiny_checkpoint.directory) as opened:
+        with pytest.raises(rdmaload.DeviceError, match="device="):
+            opened.load(device=device)
+        with pytest.raises(rdmaload.DeviceError, match="device="):
+            opened.weight_iterator(device=device)
+        assert opened.stats.read_bytes == 0

@@ -15,6 +15,7 @@ import rdmaload
 from rdmaload.connectors import registry
 from rdmaload.connectors.memory import MemoryConnector, forget_store
 from rdmaload.errors import IntegrityError, MemoryLimitError, UnavailableError
+from rdmaload.reader import Batch
 from rdmaload.stats import LoadStats
 from tests.support.checkpoints import Checkpoint, compare, make_checkpoint
 
@@ -27,17 +28,15 @@ class CountingConnector(MemoryConnector):
     asked_bytes = 0
     lock = threading.Lock()
     gate = threading.Event()
-    gate_after_bytes = 0
     entered = threading.Event()
-    waiting = threading.Event()
+    permits: threading.Semaphore | None = None  # one for each read, where there are any
     fail_after_bytes: int | None = None
 
     def get_into(self, key: str, buffer: memoryview) -> int:
         cls = type(self)
         cls.entered.set()
-        if cls.asked_bytes >= cls.gate_after_bytes:
-            cls.waiting.set()
-            assert cls.gate.wait(20)
+        assert cls.gate.wait(20)
+        assert cls.permits is None or cls.permits.acquire(timeout=20)
         with cls.lock:
             cls.asked_bytes += len(buffer)
             failing = cls.fail_after_bytes is not None and cls.asked_bytes > cls.fail_after_bytes
@@ -50,7 +49,7 @@ class CountingConnector(MemoryConnector):
 def counting(monkeypatch: pytest.MonkeyPatch) -> type[CountingConnector]:
     """A fresh class per test, registered as counting://."""
     cls = type("Counting", (CountingConnector,), {"lock": threading.Lock(), "gate": threading.Event()})
-    cls.entered, cls.waiting = threading.Event(), threading.Event()
+    cls.entered = threading.Event()
     cls.gate.set()
     monkeypatch.setitem(registry._registered, "counting", cls)
     return cls
@@ -230,21 +229,30 @@ def test_abandoning_the_function_leaves_no_thread_and_no_connection(redis_url: s
     wait_for(lambda: len(list(Path("/proc/self/fd").iterdir())) <= descriptors, "descriptors are left")
 
 
-def test_what_is_queued_when_the_iterator_is_closed_is_never_read(url: str, counting: type[CountingConnector]) -> None:
-    # Runs of ten tensors, four of them ahead; the second run waits at the gate.
-    counting.gate_after_bytes = 120_000
-    counting.gate.clear()
-    iterator = rdmaload.weight_iterator(url, window_bytes=400_000)
-    next(iterator)
-    wait_for(counting.waiting.is_set, "nothing is read ahead")
-    closer = threading.Thread(target=iterator.close)
-    closer.start()
-    # Closing waits for the readers that are in the connector's hands, and they for the gate.
-    wait_for(lambda: not closer.is_alive() or settled(counting) > 0, "never settles")
-    counting.gate.set()
-    closer.join(10)
-    assert not closer.is_alive()
-    assert settled(counting) < 140_000
+def test_what_is_queued_when_the_iterator_is_closed_is_never_read(
+    url: str, counting: type[CountingConnector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting.permits = permits = threading.Semaphore(0)
+    with rdmaload.open(url) as opened:
+        batches: list[Batch] = []  # held, so that closing does not wait for the readers, which wait for permits
+
+        def start(*arguments: object, **keywords: object) -> Batch:
+            batches.append(original(*arguments, **keywords))
+            return batches[-1]
+
+        original = opened._reader.start
+        monkeypatch.setattr(opened._reader, "start", start)
+        iterator = opened.weight_iterator(window_bytes=400_000)  # runs of ten tensors, four of them ahead
+        first = threading.Thread(target=lambda: next(iterator))
+        first.start()
+        while first.is_alive():
+            permits.release()
+            first.join(0.001)
+        before = settled(counting)
+        iterator.close()
+        permits.release(10_000)
+        assert settled(counting) <= before + 2 * CHUNK  # what its two readers had in hand
+        assert len(batches) == 4
 
 
 @pytest.mark.parametrize("store_kind", ["counting", "redis", "directory"])

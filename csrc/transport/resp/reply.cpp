@@ -20,7 +20,6 @@ std::string printable(std::string_view bytes) {
 
 int64_t parse_integer(std::string_view text, int64_t minimum, int64_t maximum) {
   int64_t value = 0;
-  // Redis itself never sends a plus sign, but RESP3 allows one in numbers.
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
   if (error != std::errc() || end != text.data() + text.size() || text.empty() || value < minimum ||
       value > maximum) {

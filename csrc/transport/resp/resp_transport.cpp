@@ -62,9 +62,12 @@ void RespTransport::work() {
       if (!connection) {
         connection.emplace(options_.endpoint, [&] { return queue_.stopped() || next->owner->cancelled(); });
       }
-      if (next != nullptr) connection->enqueue(*std::exchange(next, nullptr));
+      if (next != nullptr) {
+        connection->enqueue(*next);
+        next = nullptr;
+      }
       while (connection->in_flight_bytes() < share) {
-        Read* more = queue_.try_pop();
+        Read* more = queue_.try_pop(share - connection->in_flight_bytes());
         if (more == nullptr) break;
         if (!given_up(more)) connection->enqueue(*more);
       }

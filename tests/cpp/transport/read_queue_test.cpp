@@ -35,7 +35,9 @@ TEST_CASE("reads leave in the order in which they came") {
 TEST_CASE("a delayed read waits for its time, the earliest first, and holds up nobody") {
   ReadQueue queue;
   Read late, early, now, never;
-  const auto early_time = in(std::chrono::milliseconds(20)), late_time = in(std::chrono::milliseconds(40));
+  // Far enough away for all to be queued before, on a busy machine too.
+  const auto early_time = in(std::chrono::milliseconds(200)),
+             late_time = early_time + std::chrono::milliseconds(10);
   REQUIRE(queue.push(never, much_later()));
   REQUIRE(queue.push(late, late_time));
   REQUIRE(queue.push(early, early_time));
@@ -96,7 +98,7 @@ TEST_CASE("delayed reads still leave in order of their times after others were r
   std::vector<int> order(kReads);
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), std::mt19937(3));
-  const auto begin = in(std::chrono::milliseconds(20));
+  const auto begin = in(std::chrono::milliseconds(200));  // all are queued before, on a busy machine too
   for (const int i : order) {
     reads[i].owner = i % 3 == 0 ? &other : &mine;
     REQUIRE(queue.push(reads[i], begin + std::chrono::microseconds(100 * i)));
