@@ -326,5 +326,17 @@ TEST_CASE("a layout has a checksum for every chunk of every file, or none at all
   CHECK_NOTHROW(none.validate());
 }
 
+TEST_CASE("selections and limits that make no sense are refused") {
+  Model model;
+  model.add_blocks(100, 10, 1);
+  const auto tensors = static_cast<uint32_t>(model.index.tensors().size());
+  REQUIRE(tensors > 0);
+  CHECK_THROWS_AS(plan_into_arenas(model.index, model.layout, {0, 0}, {}), Error);
+  CHECK_THROWS_AS(plan_into_tensors(model.index, model.layout, std::vector<uint32_t>{tensors}, {}), Error);
+  PlanLimits limits;
+  limits.read_bytes = 0;
+  CHECK_THROWS_AS(plan_into_arenas(model.index, model.layout, {0}, limits), Error);
+}
+
 }  // namespace
 }  // namespace rdmaload

@@ -106,5 +106,27 @@ TEST_CASE("a file that may not be read is kAuthentication") {
   CHECK(owner.status_of(prepared.read).code() == ErrorCode::kAuthentication);
 }
 
+TEST_CASE("a file that has grown since its header was read is kIntegrity") {
+  TempDir directory;
+  directory.write("f", testing::random_bytes(101, 1));
+  RecordingOwner owner;
+  FileTransport transport(directory.path().string(), 1);
+  TestRead read("f", 100, owner);
+  transport.submit(read.read);
+  REQUIRE(owner.wait_for(1));
+  CHECK(owner.status_of(read.read).code() == ErrorCode::kIntegrity);
+}
+
+TEST_CASE("a directory in a file's place is kNotFound") {
+  TempDir directory;
+  std::filesystem::create_directory(directory.path() / "f");
+  RecordingOwner owner;
+  FileTransport transport(directory.path().string(), 1);
+  TestRead read("f", 1 << 20, owner);
+  transport.submit(read.read);
+  REQUIRE(owner.wait_for(1));
+  CHECK(owner.status_of(read.read).code() == ErrorCode::kNotFound);
+}
+
 }  // namespace
 }  // namespace rdmaload

@@ -158,5 +158,17 @@ TEST_CASE("every read leaves once when many threads push and pop") {
   CHECK(std::all_of(popped.begin(), popped.end(), [](const auto& count) { return count == 1; }));
 }
 
+TEST_CASE("a read longer than asked for stays, and whoever has room takes it") {
+  ReadQueue queue;
+  Read longer, shorter;
+  longer.length = 10;
+  shorter.length = 3;
+  REQUIRE(queue.push(longer, kNow));
+  REQUIRE(queue.push(shorter, kNow));
+  CHECK(queue.try_pop(9) == nullptr);
+  CHECK(queue.try_pop(10) == &longer);
+  CHECK(queue.try_pop(3) == &shorter);
+}
+
 }  // namespace
 }  // namespace rdmaload
