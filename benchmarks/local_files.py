@@ -93,7 +93,9 @@ def main() -> None:
                     prepare,
                     check,
                 )
-            result[cache] = paired.compare(own, others, checkpoint.bytes, arguments.pairs)
+            result[cache] = paired.compare(
+                own, others, checkpoint.bytes, arguments.pairs, cold_memory=arguments.cold_memory
+            )
     paired.report("local_files", result, arguments.json)
 
 

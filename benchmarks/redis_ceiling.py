@@ -84,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     paired.add_arguments(parser)
     parser.add_argument("--connections", type=int, default=2, help="rdmaload's, and the ceiling's")
-    parser.add_argument("--bytes-in-flight", type=int, default=16 << 20)
+    parser.add_argument("--bytes-in-flight", type=int, default=4 << 20)
     parser.add_argument("--chunk-bytes", type=int, help="of the saved model; default: rdmaload's")
     arguments = parser.parse_args()
     import rdmaload
@@ -124,7 +124,7 @@ def main() -> None:
             )
             for connections in sorted({arguments.connections, 1}, reverse=True)
         ]
-        result = paired.compare(own, others, checkpoint.bytes, arguments.pairs)
+        result = paired.compare(own, others, checkpoint.bytes, arguments.pairs, cold_memory=arguments.cold_memory)
         settings = {**options, "chunk_bytes": ceiling.chunks[0][1], "chunks": len(ceiling.chunks)}
         paired.report("redis_ceiling", {"settings": settings, "result": result}, arguments.json)
 

@@ -66,7 +66,7 @@ def main() -> None:
             url = our_server.url("model")
             rdmaload.save(checkpoint.directory, url)
             own = paired.Way("rdmaload", lambda: ours(url), check=check, server_pid=lambda: our_server.pid)
-        result = paired.compare(own, others, checkpoint.bytes, arguments.pairs)
+        result = paired.compare(own, others, checkpoint.bytes, arguments.pairs, cold_memory=arguments.cold_memory)
         paired.report("redis_vs_sglang_way", {"result": result}, arguments.json)
 
 

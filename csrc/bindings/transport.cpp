@@ -63,7 +63,7 @@ void register_transport(py::module_& module) {
   py::class_<resp::RespTransport, Transport, std::shared_ptr<resp::RespTransport>>(module, "RespTransport")
       .def(py::init(&make_resp), py::kw_only(), py::arg("host"), py::arg("port"),
            py::arg("username") = py::none(), py::arg("password") = py::none(), py::arg("db") = 0,
-           py::arg("protocol") = 2, py::arg("connections") = 2, py::arg("bytes_in_flight") = 16 << 20,
+           py::arg("protocol") = 2, py::arg("connections") = 2, py::arg("bytes_in_flight") = 4 << 20,
            py::arg("connect_timeout") = 10.0, py::arg("inactivity_timeout") = 30.0,
            py::arg("name") = "redis");
 

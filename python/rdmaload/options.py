@@ -128,7 +128,7 @@ class Options:
 
     connections: int = _option(_whole(1, 1024), 2)
     """Connections to the store that one load holds."""
-    bytes_in_flight: int = _option(_size(), 16 * 2**20)
+    bytes_in_flight: int = _option(_size(), 4 * 2**20)
     """Bytes asked for and not yet received, over all connections: a server buffers its replies."""
     connect_timeout: float = _option(_seconds, 10.0)
     """Seconds for an attempt to connect, and for all of them until one succeeds."""

@@ -18,7 +18,7 @@ namespace rdmaload::resp {
 struct TransportOptions {
   Endpoint endpoint;
   int connections = 2;
-  uint64_t bytes_in_flight = 16 << 20;  // over all connections; each takes at least one read
+  uint64_t bytes_in_flight = 4 << 20;  // over all connections; each takes at least one read
 };
 
 class RespTransport final : public Transport {
