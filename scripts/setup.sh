@@ -19,8 +19,18 @@ if [ -n "$packages" ]; then
   echo "installing system packages: $packages"
   sudo=$([ "$(id -u)" = 0 ] || echo sudo)
   $sudo apt-get update -qq
-  # policy-rc.d: the redis-server package would start a service that nobody asked for.
-  $sudo env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends $packages >/dev/null
+  # The redis-server package starts a service, which nobody asked for: an answer of 101 forbids it.
+  policy=/usr/sbin/policy-rc.d
+  if [ ! -e $policy ]; then
+    printf '#!/bin/sh\nexit 101\n' | $sudo tee $policy >/dev/null
+    $sudo chmod 755 $policy
+    trap '$sudo rm -f $policy' EXIT
+  fi
+  $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages >/dev/null
+  if [ -n "$(trap -p EXIT)" ]; then
+    $sudo rm -f $policy
+    trap - EXIT
+  fi
 fi
 
 if [ ! -x .venv/bin/python ]; then

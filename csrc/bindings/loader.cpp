@@ -1,5 +1,6 @@
 // Tensor index, plan and execution for Python.
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <cstring>
 #include <variant>
@@ -37,6 +38,10 @@ class LoadOperation {
                                    std::move(regions), options);
   }
   ~LoadOperation() {
+    if (getpid() != maker_) {  // forked: nobody completes its reads here, so it is abandoned
+      static_cast<void>(load_.release());
+      return;
+    }
     py::gil_scoped_release release;
     load_.reset();
   }
@@ -45,6 +50,7 @@ class LoadOperation {
   Load& load() { return *load_; }
 
  private:
+  const pid_t maker_ = getpid();
   std::unique_ptr<Load> load_;
 };
 

@@ -1,12 +1,12 @@
 // Transports for Python: made here, used only by the loader.
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <optional>
 
 #include "bindings/python_transport.h"
 #include "bindings/register.h"
 #include "transport/file_transport.h"
-#include "transport/memory_transport.h"
 #include "transport/resp/resp_transport.h"
 
 namespace py = pybind11;
@@ -14,10 +14,12 @@ namespace py = pybind11;
 namespace rdmaload::bindings {
 namespace {
 
-// Destroying a transport joins its threads, which may wait for the GIL.
+// Destroying a transport joins its threads, which may wait for the GIL. In a process forked from the one that
+// made it there are no such threads, and its locks may be held for ever: there it is abandoned.
 template <typename T>
 std::shared_ptr<T> released_on_delete(T* transport) {
-  return std::shared_ptr<T>(transport, [](T* doomed) {
+  return std::shared_ptr<T>(transport, [maker = getpid()](T* doomed) {
+    if (getpid() != maker) return;
     if (PyGILState_Check() == 0) {
       delete doomed;
       return;
@@ -70,7 +72,8 @@ void register_transport(py::module_& module) {
   py::class_<PythonTransport, Transport, std::shared_ptr<PythonTransport>>(module, "PythonTransport")
       .def(py::init([](py::function reader, int threads) {
              return std::shared_ptr<PythonTransport>(new PythonTransport(std::move(reader), threads),
-                                                     [](PythonTransport* doomed) {
+                                                     [maker = getpid()](PythonTransport* doomed) {
+                                                       if (getpid() != maker) return;
                                                        py::gil_scoped_acquire acquire;
                                                        delete doomed;
                                                      });

@@ -177,7 +177,10 @@ bool Load::may_retry_locked(Slot& slot, const Status& status) {
   switch (status.code()) {
     case ErrorCode::kUnavailable:
     case ErrorCode::kTimeout:
-      return Clock::now() - last_progress_ < options_.retry_timeout;
+      // The time since something last arrived, but not the time that this read waited behind other loads: it
+      // is tried again at least once.
+      if (slot.attempts == 1) slot.first_failure = Clock::now();
+      return Clock::now() - std::max(last_progress_, slot.first_failure) < options_.retry_timeout;
     case ErrorCode::kIntegrity:
     case ErrorCode::kFormat:  // garbage on the wire; a server that means it says so again
       return ++slot.integrity_failures < options_.max_integrity_attempts;

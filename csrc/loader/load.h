@@ -70,6 +70,7 @@ class Load final : private ReadOwner {
     const PlannedRead* planned = nullptr;
     int attempts = 0;
     int integrity_failures = 0;
+    Clock::time_point first_failure;  // meaningful once attempts > 0
   };
 
   void complete(Read& read, const Status& status) noexcept override;

@@ -13,6 +13,7 @@ import importlib.metadata
 import logging
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,9 +21,16 @@ from typing import TYPE_CHECKING, Literal
 
 from rdmaload.connectors import FileConnector, KeyValueConnector, connector_for
 from rdmaload.connectors.local import LocalConnector
-from rdmaload.errors import FormatError, LoadTimeoutError, NotSupportedError, RdmaloadError
+from rdmaload.errors import (
+    FormatError,
+    LoadTimeoutError,
+    NotFoundError,
+    NotSupportedError,
+    RdmaloadError,
+    UnavailableError,
+)
 from rdmaload.files_save import save_files
-from rdmaload.index import DEFAULT_CHUNK_BYTES
+from rdmaload.index import DEFAULT_CHUNK_BYTES, index_key
 from rdmaload.journal import SAVE_ID, SaveKeys, encode_part
 from rdmaload.manifest import GENERATION_PATTERN, Manifest, utc_now
 from rdmaload.options import Options
@@ -45,6 +53,11 @@ _BEAT_SECONDS = 10.0
 # A connection is busy or waiting for the server's answer; two threads per connection read and
 # checksum the next chunk meanwhile.
 _THREADS_PER_CONNECTION = 2
+
+# Every restart sends again what other attempts have not finished; each takes another attempt that
+# ended in this moment, so more of them than these mean a store that drops keys.
+_RESTARTS = 3
+_JOINS = 10  # the same for joining, which costs a few round trips only
 
 _PATHS = {"redis": "resp-tcp", "valkey": "resp-tcp", "memory": "memory", "file": "file-buffered"}
 
@@ -96,10 +109,13 @@ def save(
     with connector_for(url, options, **opts) as connector:
         model = _source_model(source, rank, world_size)
         try:
+            model.check_weights()
             watch = _Watch(model, connector.options.timeout, progress, started, connector.url)
             watch.stages["plan"] = time.perf_counter() - started
             if isinstance(connector, KeyValueConnector):
-                stats = _KeyValueSave(connector, model, rank, save_id, overwrite=overwrite, watch=watch).run()
+                attempt = _KeyValueSave(connector, model, rank, save_id, overwrite=overwrite, watch=watch)
+                with _Deadline(watch, attempt.interrupt):
+                    stats = attempt.run()
             elif isinstance(connector, FileConnector):
                 _check_places(source, connector)
                 save_files(
@@ -147,7 +163,7 @@ def _source_model(source: object, rank: int | None, world_size: int | None) -> S
                 return directory_model(connector, connector.root, rank=rank, world_size=world_size)
             if rank is not None:
                 raise ValueError(f"{connector.url} is a model with ranks of its own: copy it without rank=")
-            model = stored_model(connector, connector.options)
+            model = stored_model(connector)
         except BaseException:
             connector.close()
             raise
@@ -190,13 +206,8 @@ class _Watch:
         self._url = url
 
     def tick(self, bytes_done: int, files_done: int) -> None:
+        self.check()
         seconds = time.perf_counter() - self._started
-        if self._timeout is not None and seconds > self._timeout:
-            raise LoadTimeoutError(
-                f"the save to {self._url} took longer than timeout={self._timeout:g} s; nothing "
-                "was published. Allow more, or call it again: finished files are not sent twice.",
-                url=self._url,
-            )
         if self._progress is not None:
             self._progress(
                 Progress(
@@ -209,10 +220,57 @@ class _Watch:
                 )
             )
 
+    def check(self) -> None:
+        """Raise LoadTimeoutError after the deadline."""
+        left = self.seconds_left()
+        if left is not None and left < 0:
+            raise self.too_late("nothing was published")
+
+    def seconds_left(self) -> float | None:
+        return None if self._timeout is None else self._timeout - (time.perf_counter() - self._started)
+
+    def too_late(self, outcome: str) -> LoadTimeoutError:
+        return LoadTimeoutError(
+            f"the save to {self._url} took longer than timeout={self._timeout:g} s; {outcome}. "
+            "Allow more, or call it again: finished files are not sent twice.",
+            url=self._url,
+        )
+
     def finish(self) -> None:
         if self._progress is not None:
             self._timeout = None
             self.tick(self._bytes_total, len(self._model.files))
+
+
+class _Deadline:
+    """Ends the save when its time is up, wherever it waits: a server that stopped answering holds a
+    command for as long as inactivity_timeout. One thread while there is a timeout."""
+
+    def __init__(self, watch: _Watch, interrupt: Callable[[], None]) -> None:
+        self._watch = watch
+        self._interrupt = interrupt
+        self._expired = False
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> None:
+        left = self._watch.seconds_left()
+        if left is not None:
+            self._timer = threading.Timer(max(0.0, left), self._expire)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._interrupt()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self._timer is None:
+            return
+        self._timer.cancel()
+        self._timer.join()
+        if self._expired and isinstance(error, UnavailableError):
+            outcome = "nothing was published, unless that was its last step"
+            raise self._watch.too_late(outcome) from error
 
 
 class _KeyValueSave:
@@ -251,7 +309,8 @@ class _KeyValueSave:
     def run(self) -> SaveStats:
         for warning in self._connector.publish_warning(self._model.bytes):
             _log.warning("%s", warning)
-        while True:
+        for _ in range(1 + _RESTARTS):
+            self._watch.check()
             generation, published = self._join()
             if published:
                 return SaveStats(
@@ -263,7 +322,33 @@ class _KeyValueSave:
             try:
                 return self._attempt(generation)
             except Overtaken:
+                if not self._was_published(generation):
+                    break
                 _log.info("save %s was ended by another attempt; starting anew", self._keys.save_id)
+        raise self._lost()
+
+    def interrupt(self) -> None:
+        """Make every command that is under way fail soon; from any thread."""
+        self._connector.close()
+        if self._model.on_close is not None:
+            self._model.on_close()
+
+    def _was_published(self, generation: str) -> bool:
+        """Whether another attempt ended this generation by publishing it, not the store by dropping its key."""
+        published = self._publisher(generation).published_manifest()
+        if published is not None and published.generation == generation:
+            return True
+        # Replaced since, but not pruned.
+        return self._connector.exists(index_key(self._connector.model, generation))
+
+    def _lost(self) -> NotFoundError:
+        return NotFoundError(
+            f"{self._keys.generation} on {self._connector.url} is gone while the save is under way: the "
+            "store evicts values (set its maxmemory-policy to noeviction and make room) or the save "
+            "was pruned or removed. Nothing was published; save again.",
+            url=self._connector.url,
+            key=self._keys.generation,
+        )
 
     def _attempt(self, generation: str) -> SaveStats:
         stats = SaveStats(save_id=self._keys.save_id, generation=generation)
@@ -282,7 +367,7 @@ class _KeyValueSave:
             self._watch.tick(upload.bytes_done, upload.files_done)
 
         threads = self._connector.options.connections * _THREADS_PER_CONNECTION
-        index = upload.run(threads, tick)
+        index = upload.run(threads, tick, self.interrupt)
         # Every file was whole when it was sent; together they are a model only if none has changed
         # since the first.
         self._model.check_unchanged()
@@ -320,7 +405,8 @@ class _KeyValueSave:
 
     def _join(self) -> tuple[str, bool]:
         """The generation that all attempts of this save write to, and whether it is published."""
-        while True:
+        for _ in range(_JOINS):
+            self._watch.check()
             fresh = secrets.token_hex(16)
             if not self._overwrite:
                 # Before anything is written: a refused save leaves nothing behind.
@@ -347,9 +433,10 @@ class _KeyValueSave:
                 return generation, False
             # Published, but the attempt that did it had no time to clean up.
             if self._id_names_content and self._is_whole(published):
-                self._publisher(generation).clean_up()
+                self._publisher(generation).finish()
                 return generation, True
             self._publisher(generation).clean_up()
+        raise self._lost()
 
     def _is_whole(self, published: Manifest) -> bool:
         try:

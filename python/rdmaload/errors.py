@@ -1,19 +1,20 @@
 """Every error that rdmaload raises on purpose, as one tree.
 
-    RdmaloadError ├── UrlError              (ValueError)          the url or an option is wrong ├──
-    AuthenticationError   (PermissionError)     the store refused who we are or what we may do ├──
-    NotFoundError         (LookupError, FileNotFoundError)   no such model, file or key ├──
-    UnavailableError      (ConnectionError)     the store cannot be reached or cannot serve now ├──
-    LoadTimeoutError      (TimeoutError)        a deadline or an inactivity limit passed ├──
-    IntegrityError        (ValueError)          bytes differ from their checksum ├── FormatError
-    (ValueError)          bytes are not what the format says ├── LayoutMismatchError   (ValueError)
-    the model is cut for other ranks or another engine ├── StaleGenerationError  (LookupError)
-    the pinned generation was replaced and pruned ├── PartialLoadError      (RuntimeError)
-    some tensors were already written: see `.loaded` ├── NotSupportedError     (NotImplementedError)
-    this build or this store cannot do that ├── DeviceError           (RuntimeError)        the
-    accelerator or its driver failed ├── AlreadyExistsError    (FileExistsError)     a save with
-    overwrite=False found a model └── MemoryLimitError      (MemoryError)         the work does not
-    fit the memory that it may use
+    RdmaloadError
+    ├── UrlError             (ValueError)                     the url or an option is wrong
+    ├── AuthenticationError  (PermissionError)                the store refused who we are or what we may do
+    ├── NotFoundError        (LookupError, FileNotFoundError) no such model, file or key
+    ├── UnavailableError     (ConnectionError)                the store cannot be reached or cannot serve now
+    ├── LoadTimeoutError     (TimeoutError)                   a deadline or an inactivity limit passed
+    ├── IntegrityError       (ValueError)                     bytes differ from their checksum
+    ├── FormatError          (ValueError)                     bytes are not what the format says
+    ├── LayoutMismatchError  (ValueError)                     the model and what is to receive it differ
+    ├── StaleGenerationError (LookupError)                    the pinned generation was replaced and pruned
+    ├── PartialLoadError     (RuntimeError)                   some tensors were already written: see `.loaded`
+    ├── NotSupportedError    (NotImplementedError)            this build or this store cannot do that
+    ├── DeviceError          (RuntimeError)                   the accelerator or its driver failed
+    ├── AlreadyExistsError   (FileExistsError)                a save with overwrite=False found a model
+    └── MemoryLimitError     (MemoryError)                    the work does not fit the memory that it may use
 
 Each is also the builtin of the same meaning, so that `except FileNotFoundError` works for those who
 do not import us. The message is complete by itself: it names the url (without secrets), the key and
@@ -101,7 +102,7 @@ class FormatError(RdmaloadError, ValueError):
 
 
 class LayoutMismatchError(RdmaloadError, ValueError):
-    """The model was cut for another world size, parallel layout or engine."""
+    """The model was cut for another world size, parallel layout or engine, or is not what the target takes."""
 
 
 class StaleGenerationError(RdmaloadError, LookupError):

@@ -35,7 +35,9 @@ class Filling:
         first = self._in_place.get(position)
         if first is not None and self._targets.is_same_memory(name, first[0]):
             first.append(name)
-        elif direct and first is None and self._targets.claim(name):
+            return
+        is_free = self._targets.claim(name)
+        if direct and first is None and is_free:
             self._in_place[position] = [name]
         else:
             self._staged.setdefault(position, []).append(name)

@@ -3,12 +3,15 @@
 One value in a key-value store holds it, so that opening a model costs two round trips, however many
 files it has. The bytes (little-endian) are
 
-    index   = magic version meta_bytes meta crcs headers magic   = "RDMALOAD"                      8
-    bytes version = u32, 1 meta_bytes = u32 meta    = JSON, UTF-8:
-    {"chunk_bytes":N,"files":[{"header_bytes":N,"number":N,"path":S,"rank":N|null,"size":N,
-              "tied":{alias:name}},...]}      "tied" is absent when empty
-    crcs    = u32 per chunk, file by file, ceil(size / chunk_bytes) of them per file headers = the
-    JSON header of each file with header_bytes > 0, without its 8-byte length, back to back
+    index      = magic version meta_bytes meta crcs headers
+    magic      = "RDMALOAD"                  8 bytes
+    version    = u32, 1
+    meta_bytes = u32
+    meta       = JSON, UTF-8: {"chunk_bytes":N,"files":[file,...]}
+    file       = {"header_bytes":N,"number":N,"path":S,"rank":N|null,"size":N,"tied":{alias:name}}
+                 "tied" is absent when empty
+    crcs       = u32 per chunk, file by file, ceil(size / chunk_bytes) of them per file
+    headers    = the JSON header of each file with header_bytes > 0, without its 8-byte length
 
 The value carries no checksum of itself: the manifest holds its length and CRC32C. `decode` trusts
 nothing all the same. Checksums stay one `bytes` object and headers stay unparsed, so that an index
@@ -23,7 +26,7 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NoReturn
 
 from rdmaload.errors import FormatError, NotSupportedError
@@ -94,6 +97,8 @@ class IndexFile:
     """Names that are stored once under another name: alias to name."""
     first_chunk: int = 0
     """Where this file's checksums start in `Index.crcs`, counted in chunks."""
+    etag: str | None = None
+    """Changes when the content does, in a store of plain files that has such a thing; not stored."""
 
     def chunk_count(self, chunk_bytes: int | None) -> int:
         """How many chunks the file has; 0 when it is empty or stored whole (`chunk_bytes=None`)."""
@@ -125,7 +130,7 @@ class Index:
         numbered = []
         chunks = 0
         for file in files:
-            numbered.append(IndexFile(file.path, file.size, file.number, file.rank, file.header, file.tied, chunks))
+            numbered.append(replace(file, first_chunk=chunks))
             chunks += file.chunk_count(chunk_bytes)
         index = cls(tuple(numbered), chunk_bytes, crcs)
         _check_files(index.files)
@@ -294,7 +299,7 @@ def index_of_files(connector: FileConnector) -> Index:
     for number, info in enumerate(listed):
         shard = shards.get(info.path) if sharded else None
         rank = int(shard.group(1)) if shard is not None else None
-        files.append(IndexFile(info.path, info.size, number, rank, headers.get(info.path)))
+        files.append(IndexFile(info.path, info.size, number, rank, headers.get(info.path), etag=info.etag))
     return Index.of(files, chunk_bytes=None)
 
 

@@ -62,14 +62,48 @@ def weight_iterator(
     exclude: Patterns = None,
     borrow: bool = False,
     stats: LoadStats | None = None,
+    progress: ProgressCallback | None = None,
     options: Options | None = None,
     **opts: object,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """`open(url).weight_iterator(...)`, closed at the end. `window_bytes` is an option like any other."""
-    with open(url, options=options, **opts) as model:
-        yield from model.weight_iterator(
-            rank, device=device, include=include, exclude=exclude, borrow=borrow, stats=stats
+    """`open(url).weight_iterator(...)`; `window_bytes` is an option like any other.
+
+    Errors of opening come from this call. The model is closed at the end, and when the iterator is dropped.
+    """
+    model = open(url, options=options, **opts)
+    try:
+        tensors = model.weight_iterator(
+            rank, device=device, include=include, exclude=exclude, borrow=borrow, stats=stats, progress=progress
         )
+    except BaseException:
+        model.close()
+        raise
+    return _ClosingIterator(model, tensors)
+
+
+class _ClosingIterator(Iterator[tuple[str, "torch.Tensor"]]):
+    """Closes its model at the end; as a generator would, but also when it was never started."""
+
+    def __init__(self, model: Model, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        self._model = model
+        self._tensors = tensors
+
+    def __next__(self) -> tuple[str, torch.Tensor]:
+        try:
+            return next(self._tensors)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Stop reading and close the model. Idempotent."""
+        try:
+            self._tensors.close()  # type: ignore[attr-defined]  # a generator
+        finally:
+            self._model.close()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def load_into(

@@ -8,7 +8,7 @@ sees the old model or the new one. What a late attempt finds gone was finished b
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rdmaload.connectors.connector import MODELS_KEY, KeyValueConnector
 from rdmaload.errors import (
@@ -18,6 +18,7 @@ from rdmaload.errors import (
     LayoutMismatchError,
     NotFoundError,
     NotSupportedError,
+    RdmaloadError,
     StaleGenerationError,
 )
 from rdmaload.index import Index, IndexFile, chunk_key, index_key
@@ -98,9 +99,11 @@ class Publisher:
             return self._left_to_others()
         if not self._set_manifest(manifest):
             return False
+        # Readers see the model from here on: what fails now is told, and left to prune.
         numbers = {file.number for file in index.files}
-        self._delete_files([file for file in dropped if file.number not in numbers], index)
-        self.clean_up()
+        doubles = [file for file in dropped if file.number not in numbers]
+        self._try("copies of its files were not deleted", lambda: self._delete_files(doubles, index))
+        self.finish()
         return True
 
     def check_present(self, index: Index) -> None:
@@ -118,11 +121,15 @@ class Publisher:
                     key=key,
                 )
 
+    def finish(self) -> None:
+        """What a published save still has to do; failures are logged, as the model is there."""
+        self._try("what the save kept for itself was not removed", self.clean_up)
+
     def clean_up(self) -> None:
         """Remove what the save kept for itself, the generation before the claims: an attempt that
         is late then learns that its claims mean nothing any more (see upload.py)."""
         connector, keys = self._connector, self._keys
-        connector.members_add(MODELS_KEY, keys.model)
+        self._try("it was not added to the list of models", lambda: connector.members_add(MODELS_KEY, keys.model))
         # Listed while the generation is still there: nothing of a later save can be among it.
         left = [key for key in connector.list(f"{keys.root}/") if key not in (keys.generation, keys.beat)]
         if connector.get(keys.generation) == self._generation.encode():
@@ -189,8 +196,15 @@ class Publisher:
                 return False
             raise self._exists()
         if old is not None and old.generation != self._generation:
-            self._connector.set(superseded_key(model, old.generation), utc_now().encode())
+            note = superseded_key(model, old.generation)
+            self._try("the old generation was not marked", lambda: self._connector.set(note, utc_now().encode()))
         return True
+
+    def _try(self, failure: str, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except RdmaloadError as err:
+            _log.warning("%s is published, but %s: %s", self._url, failure, err)
 
     def _delete_files(self, files: Sequence[IndexFile], index: Index) -> None:
         """Copies of plain files that several ranks brought: the lowest rank's stays."""

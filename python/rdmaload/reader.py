@@ -5,6 +5,7 @@ A StoreReader owns the model's transport (connections, threads) from the first r
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
@@ -54,6 +55,8 @@ class StoreReader:
     def __init__(self, connector: Connector, index: Index, generation: str | None) -> None:
         self._connector = connector
         self._generation = generation
+        self._etags = {file.path: file.etag for file in index.files if file.etag is not None}
+        self._maker = os.getpid()
         options = connector.options
         if options.verify == "require" and not index.crcs and index.total_bytes > 0:
             raise IntegrityError(
@@ -76,6 +79,11 @@ class StoreReader:
 
     def close(self) -> None:
         """Close the connections; reads that run end with an error first."""
+        if (
+            os.getpid() != self._maker
+        ):  # the threads, and maybe a held lock, are those of the process we were forked from
+            self._closed = True
+            return
         with self._lock:
             self._closed = True
             transport, self._transport = self._transport, None
@@ -89,6 +97,11 @@ class StoreReader:
 
     def transport(self) -> _core.Transport:
         """The transport, made on first use."""
+        if os.getpid() != self._maker:
+            raise UnavailableError(
+                f"{self._connector.url} was opened before this process was forked: open it again",
+                url=self._connector.url,
+            )
         with self._lock:
             if self._closed:
                 raise self._closed_error()
@@ -180,6 +193,7 @@ class StoreReader:
             if self._closed and type(error) is RdmaloadError:  # cancelled, by close()
                 raise self._closed_error() from None
             raise self._explained(error, operation.failed_object or None) from None
+        self._check_unchanged()
 
     def stream(
         self,
@@ -220,6 +234,22 @@ class StoreReader:
         finally:
             for batch in ahead:
                 batch.operation.cancel()
+
+    def _check_unchanged(self) -> None:
+        """Raise IntegrityError when a plain file is another one than when the model was opened.
+
+        What was read before and after a replacement does not belong together, and nothing else would show it.
+        """
+        if not self._etags or not isinstance(self._connector, FileConnector):
+            return
+        now = {info.path: info.etag for info in self._connector.list_files()}
+        for path, etag in self._etags.items():
+            if now.get(path) != etag:
+                raise IntegrityError(
+                    f"{self._connector.url}: {path} was changed or replaced while the model was read: open it again",
+                    url=self._connector.url,
+                    key=path,
+                )
 
     def _count(self, batch: Batch, stats: LoadStats) -> None:
         counters = batch.operation.counters()

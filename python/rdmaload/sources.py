@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from rdmaload._core import crc32c
+from rdmaload._core import TensorIndex, crc32c
 from rdmaload.connectors.connector import Connector, FileConnector, KeyValueConnector
 from rdmaload.connectors.local import LocalConnector
 from rdmaload.errors import (
@@ -28,9 +28,9 @@ from rdmaload.errors import (
     RdmaloadError,
     StaleGenerationError,
 )
+from rdmaload.generations import resolve
 from rdmaload.index import Index, IndexFile, chunk_key, index_key, index_of_files
 from rdmaload.manifest import Manifest, manifest_key
-from rdmaload.options import Options
 
 __all__ = [
     "BytesSource",
@@ -117,6 +117,29 @@ class SourceModel:
     @property
     def bytes(self) -> int:
         return sum(file.size for file in self.files)
+
+    def check_weights(self) -> None:
+        """Raise FormatError for a weight file that does not fit its header (a truncated one, say)
+        and for a tensor that two files of one rank have: no reader could load that model."""
+        indexes: dict[int | None, TensorIndex] = {}
+        owners: dict[int | None, list[str]] = {}  # the path of each tensor
+        for position, file in enumerate(self.files):
+            if file.header is None:
+                continue
+            index = indexes.setdefault(file.rank, TensorIndex())
+            before = len(index)
+            index.add_file(position, file.path, file.size, file.header)
+            owners.setdefault(file.rank, []).extend([file.path] * (len(index) - before))
+        for rank, index in indexes.items():
+            seen: dict[str, str] = {}
+            for tensor, path in zip(index.tensors(), owners[rank], strict=True):
+                other = seen.setdefault(tensor[0], path)
+                if other is not path:
+                    raise FormatError(
+                        f"tensor {tensor[0]} is in {other} and in {path}: nothing was saved. Leave one of the "
+                        "files out of the source.",
+                        key=path,
+                    )
 
     def check_unchanged(self) -> None:
         for file in self.files:
@@ -253,11 +276,11 @@ def _host_id() -> bytes:
 # ---- a model in another store ------------------------------------------------------------------
 
 
-def stored_model(connector: Connector, options: Options) -> SourceModel:
+def stored_model(connector: Connector) -> SourceModel:
     """A model in any store. From a key-value store the generation is pinned and every chunk is
     verified against the source's index; from a file store the files are copied as they are."""
     if isinstance(connector, KeyValueConnector):
-        return _key_value_model(connector, options)
+        return _key_value_model(connector)
     if isinstance(connector, FileConnector):
         index = index_of_files(connector)
         tags = {info.path: info.etag for info in connector.list_files()}
@@ -404,24 +427,9 @@ def read_index(connector: KeyValueConnector, manifest: Manifest) -> Index:
     return Index.decode(value)
 
 
-def _key_value_model(connector: KeyValueConnector, options: Options) -> SourceModel:
-    url = connector.url
-    key = manifest_key(connector.model)
-    value = connector.get(key)
-    if value is None:
-        raise NotFoundError(f"there is no model at {url} (no key {key}).", url=url, key=key)
-    pinned = options.manifest_sha256
-    if pinned is not None and Manifest.sha256(value) != pinned:
-        raise IntegrityError(f"{key} on {url} is not the pinned manifest.", url=url, key=key)
-    manifest = Manifest.decode(value, url=url, key=key)
-    if options.generation is not None and options.generation != manifest.generation:
-        raise StaleGenerationError(
-            f"{url} holds generation {manifest.generation}, not the pinned {options.generation}.",
-            url=url,
-            key=key,
-        )
-    index = read_index(connector, manifest)
-    model = _PinnedModel(connector, manifest.generation, index, options.max_integrity_attempts)
+def _key_value_model(connector: KeyValueConnector) -> SourceModel:
+    manifest, index = resolve(connector)
+    model = _PinnedModel(connector, manifest.generation, index, connector.options.max_integrity_attempts)
     return SourceModel(
         [_KeyValueFile(model, file) for file in index.files],
         kind=manifest.kind,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from rdmaload.errors import DeviceError, LayoutMismatchError
 from rdmaload.tensors import TensorSpec, torch_dtype
@@ -37,10 +38,10 @@ class Targets(Mapping[str, "torch.Tensor"]):
                 raise TypeError(f"the target of {name} is a {type(tensor).__name__}, not a tensor")
         self._specs = specs
         self._url = url
-        self._claimed: set[int] = set()
+        self._claimed = _Intervals()
         for name, tensor in self._tensors.items():
             if name in specs:
-                self._check_shape(name, tensor)
+                self._check(name, tensor)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._tensors[name]
@@ -51,7 +52,9 @@ class Targets(Mapping[str, "torch.Tensor"]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def _check_shape(self, name: str, tensor: torch.Tensor) -> None:
+    def _check(self, name: str, tensor: torch.Tensor) -> None:
+        import torch
+
         _, shape = torch_dtype(self._specs[name])
         if tuple(tensor.shape) != shape:
             raise LayoutMismatchError(
@@ -63,6 +66,15 @@ class Targets(Mapping[str, "torch.Tensor"]):
                 "(module.to_empty(device=...))",
                 url=self._url,
             )
+        if tensor.layout != torch.strided:
+            self._refuse(name, f"is {tensor.layout}: load into a dense tensor")
+        if tensor.is_conj() or tensor.is_neg():
+            self._refuse(name, "is a conjugated or negated view: load into what it is a view of")
+        if _overlaps_itself(tensor):
+            self._refuse(name, "has elements that share memory, as expand() makes them: load into its clone()")
+
+    def _refuse(self, name: str, why: str) -> NoReturn:
+        raise LayoutMismatchError(f"{self._url}: the target of {name} {why}", url=self._url)
 
     def check_names(self, *, strict: bool, filtered: bool) -> None:
         """With `strict`, refuse names that only one side has; a filtered load leaves targets out on purpose."""
@@ -102,12 +114,48 @@ class Targets(Mapping[str, "torch.Tensor"]):
         return (one.data_ptr(), one.stride(), one.dtype) == (two.data_ptr(), two.stride(), two.dtype)
 
     def claim(self, name: str) -> bool:
-        """Whether nothing else is received in this target's memory: two stored tensors at once would mix."""
+        """Whether no target claimed before lies in this one's memory: two that are received at once would mix.
+
+        Claim every target, in the order in which the last one wins, also those that are not received in place.
+        """
         tensor = self._tensors[name]
-        if tensor.numel() > 0 and tensor.data_ptr() in self._claimed:
-            return False
-        self._claimed.add(tensor.data_ptr())
-        return True
+        if tensor.numel() == 0:
+            return True
+        begin = tensor.data_ptr()
+        return self._claimed.add(begin, begin + _span(tensor) * tensor.element_size())
+
+
+class _Intervals:
+    """A union of half-open intervals."""
+
+    def __init__(self) -> None:
+        # Sorted and disjoint: those that overlap are merged.
+        self._begins: list[int] = []
+        self._ends: list[int] = []
+
+    def add(self, begin: int, end: int) -> bool:
+        """Add an interval that is not empty; whether all of it is new."""
+        first = bisect_right(self._ends, begin)
+        last = bisect_left(self._begins, end)
+        is_new = first == last
+        if not is_new:
+            begin = min(begin, self._begins[first])
+            end = max(end, self._ends[last - 1])
+        self._begins[first:last] = [begin]
+        self._ends[first:last] = [end]
+        return is_new
+
+
+def _span(tensor: torch.Tensor) -> int:
+    """From the first to the last element of a tensor that is not empty, in elements."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    if tensor.numel() == 0:
+        return False
+    is_expanded = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return is_expanded or _span(tensor) < tensor.numel()
 
 
 def _listed(names: list[str], what: str) -> str:

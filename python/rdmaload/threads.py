@@ -16,13 +16,15 @@ def run_in_threads(
     count: int,
     *,
     tick: Callable[[], None] | None = None,
+    interrupt: Callable[[], None] | None = None,
     name: str = "rdmaload",
 ) -> None:
     """Call `work(stop)` in `count` threads and wait for all of them.
 
     `work` returns soon after `stop` is set. The first error of any thread, an error of `tick`
     (called in the caller's thread about ten times a second) or a KeyboardInterrupt stops the
-    others; it is raised after the last thread has ended.
+    others; it is raised after the last thread has ended. In the latter two cases `interrupt` is
+    called once before the wait: it makes what the threads are blocked in fail soon.
     """
     stop = threading.Event()
     # Nobody works before all threads are known: one whose start() was interrupted cannot be joined,
@@ -57,6 +59,11 @@ def run_in_threads(
         while not finished.wait(_TICK_SECONDS):
             if tick is not None:
                 tick()
+    except BaseException:
+        stop.set()
+        if interrupt is not None:
+            interrupt()
+        raise
     finally:
         stop.set()
         go.set()

@@ -1,6 +1,6 @@
 """Send files to a key-value store as chunks, in parallel and resumably.
 
-Each thread owns one buffer of a chunk's size, so that memory is threads times chunk_bytes whatever
+Each thread owns one buffer of a chunk's size at most, so that memory is threads times chunk_bytes whatever
 the model's size. A thread that comes to a file first looks it up in the journal or claims a number
 for it; the one that finishes its last chunk writes the journal.
 
@@ -65,6 +65,7 @@ class Upload:
         self._generation = generation
         self._files = [_File(source, chunk_bytes) for source in sources]
         self._chunk_bytes = chunk_bytes
+        self._buffer_bytes = min(chunk_bytes, max((source.size for source in sources), default=0))
         self._rank = rank
         # Ranks start at different numbers and advance by the world size: their claims meet only
         # when a rank was started twice.
@@ -79,9 +80,14 @@ class Upload:
         self.files_done = 0
         self.stages = {"read": 0.0, "checksum": 0.0, "send": 0.0}
 
-    def run(self, threads: int, tick: Callable[[], None] | None = None) -> Index:
-        """Send everything; the index of what is in the store then."""
-        run_in_threads(self._work, threads, tick=tick, name="rdmaload-save")
+    def run(
+        self,
+        threads: int,
+        tick: Callable[[], None] | None = None,
+        interrupt: Callable[[], None] | None = None,
+    ) -> Index:
+        """Send everything; the index of what is in the store then. See run_in_threads."""
+        run_in_threads(self._work, threads, tick=tick, interrupt=interrupt, name="rdmaload-save")
         files = []
         for file in self._files:
             source = file.source
@@ -96,7 +102,7 @@ class Upload:
                 yield file, chunk
 
     def _work(self, stop: threading.Event) -> None:
-        buffer = memoryview(bytearray(self._chunk_bytes))
+        buffer = memoryview(bytearray(self._buffer_bytes))
         spent = [0.0, 0.0, 0.0]
         try:
             while not stop.is_set():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import subprocess
 import sys
 
@@ -30,7 +31,12 @@ BUILTINS: dict[str, tuple[type[BaseException], ...]] = {
 
 def test_every_class_is_covered_here_and_drawn_in_the_docstring() -> None:
     assert set(errors.__all__) == {"RdmaloadError", *BUILTINS}
-    assert all(name in (errors.__doc__ or "") for name in errors.__all__)
+    drawn = [line for line in (errors.__doc__ or "").splitlines() if line.startswith("    ")]
+    assert drawn[0] == "    RdmaloadError"
+    for line, name in zip(drawn[1:], BUILTINS, strict=True):
+        mark = "└──" if line is drawn[-1] else "├──"
+        builtins = ", ".join(builtin.__name__ for builtin in BUILTINS[name])
+        assert re.fullmatch(rf"    {mark} {name} +\({builtins}\) +\w.*", line), line
 
 
 @pytest.mark.parametrize("name", BUILTINS)

@@ -73,6 +73,16 @@ def test_a_planted_include_is_found(check: ModuleType, tmp_path: Path, path: str
         ("stats.py", "import rdmaload.connectors", "layer of stats must not import connectors"),
         ("connectors/redis.py", "from rdmaload import reader", "layer of connectors must not import reader"),
         ("model.py", "from rdmaload.cli import main", "layer of model must not import cli"),
+        ("errors.py", "from rdmaload import stats, model", "layer of errors must not import model"),
+        ("errors.py", "from rdmaload import (\n    stats,\n    model,\n)", "layer of errors must not import model"),
+        ("errors.py", "import rdmaload.stats, rdmaload.model as m", "layer of errors must not import model"),
+        ("errors.py", "from .model import Model", "layer of errors must not import model"),
+        ("connectors/redis.py", "from ..model import Model", "layer of connectors must not import model"),
+        ("connectors/redis.py", "from .. import errors, model", "layer of connectors must not import model"),
+        ("connectors/__init__.py", "from ..model import Model", "layer of connectors must not import model"),
+        ("errors.py", "try:\n    import rdmaload.model\nexcept ImportError:\n    pass", "must not import model"),
+        ("errors.py", "try:\n    pass\nexcept ImportError:\n    import rdmaload.model", "must not import model"),
+        ("errors.py", "class A:\n    from rdmaload import model", "must not import model"),
         ("planted.py", "import json", "module planted is in no layer"),
     ],
 )
@@ -88,6 +98,21 @@ def test_a_planted_import_is_found(check: ModuleType, tmp_path: Path, path: str,
     assert problem in found[0]
 
 
-def test_an_import_inside_a_function_may_point_to_the_right(check: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "errors.py").write_text("def f() -> None:\n    from rdmaload.model import Model\n")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def f() -> None:\n    from rdmaload.model import Model\n",
+        "class A:\n    async def f(self) -> None:\n        import rdmaload.model\n",
+        "if TYPE_CHECKING:\n    from rdmaload.model import Model\n",
+        '"""\nfrom rdmaload.model import Model\n"""\n',
+        "from .stats import model\nfrom . import stats\nimport model\nfrom model import rdmaload\n",
+    ],
+)
+def test_what_does_not_run_at_import_may_point_to_the_right(check: ModuleType, tmp_path: Path, text: str) -> None:
+    (tmp_path / "stats.py").write_text(text)
     assert check.check_python(tmp_path) == []
+
+
+def test_the_other_branch_of_type_checking_counts(check: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "errors.py").write_text("if TYPE_CHECKING:\n    pass\nelse:\n    import rdmaload.model\n")
+    assert len(check.check_python(tmp_path)) == 1

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -12,8 +15,10 @@ from torch import nn
 import rdmaload
 from rdmaload.connectors import registry
 from rdmaload.connectors.memory import MemoryConnector, forget_store
-from rdmaload.errors import DeviceError, IntegrityError, LayoutMismatchError, PartialLoadError
+from rdmaload.errors import DeviceError, IntegrityError, LayoutMismatchError, NotFoundError, PartialLoadError
+from rdmaload.model import Model
 from rdmaload.stats import LoadStats, Progress
+from rdmaload.targets import Targets
 from tests.support.checkpoints import Checkpoint, compare
 
 
@@ -146,6 +151,57 @@ def test_slices_of_one_buffer(url: str) -> None:
     assert torch.equal(fused[0:4], source["q"])
     assert torch.equal(fused[4:8], torch.full((4, 8), 9.0))
     assert torch.equal(fused[8:12], source["v"])
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        [(0, 4), (2, 6)],
+        [(2, 6), (0, 4)],
+        [(0, 6), (2, 4)],
+        [(2, 4), (0, 6)],
+        [(0, 4), (4, 8), (2, 6)],
+        [(0, 4), (2, 6), (5, 8)],  # the last overlaps only one that is staged
+    ],
+)
+def test_overlapping_views_are_never_a_mix(url: str, views: list[tuple[int, int]]) -> None:
+    wide = 20_000
+    source = {f"t{i}": torch.full((end - begin, wide), i + 1.0) for i, (begin, end) in enumerate(views)}
+    rdmaload.save(source, url, chunk_bytes=10_000)
+    base, expected = torch.zeros(8, wide), torch.zeros(8, wide)
+    target = {f"t{i}": base[begin:end] for i, (begin, end) in enumerate(views)}
+    for i, (begin, end) in enumerate(views):
+        expected[begin:end] = i + 1.0
+    stats = rdmaload.load_into(target, url)
+    assert torch.equal(base, expected)  # the later one, as in load_state_dict
+    assert stats.copied_bytes >= min(tensor.nbytes for tensor in source.values())
+
+
+def test_a_view_with_gaps_does_not_win_over_a_later_one(url: str) -> None:
+    rdmaload.save({"a": torch.ones(50), "b": torch.full((10,), 2.0)}, url)
+    base = torch.zeros(100)
+    rdmaload.load_into({"a": base[::2], "b": base[10:20]}, url)
+    assert base[8:22].tolist() == [1.0, 0.0, *[2.0] * 10, 1.0, 0.0]
+
+
+def test_which_targets_are_free_is_what_a_search_of_all_says() -> None:
+    random = Random(1)
+    names = [str(i) for i in range(400)]
+    base = torch.zeros(3000)
+    spans = [(begin, begin + random.randrange(12)) for begin in (random.randrange(2900) for _ in names)]
+    targets = Targets({name: base[slice(*span)] for name, span in zip(names, spans, strict=True)}, {}, "u")
+    for i, (begin, end) in enumerate(spans):
+        taken = any(max(begin, one) < min(end, other) for one, other in spans[:i])
+        assert targets.claim(names[i]) == (not taken)
+
+
+def test_many_targets_are_claimed_soon() -> None:
+    base = torch.zeros(20_000)
+    order = Random(1).sample(range(20_000), 20_000)
+    targets = Targets({str(i): base[i : i + 1] for i in order}, {}, "u")
+    begin = time.perf_counter()
+    assert all(targets.claim(name) for name in targets)
+    assert time.perf_counter() - begin < 10  # well below a second; comparing all pairs takes a minute
 
 
 # ---- tied ------------------------------------------------------------------------------------------------------------
@@ -283,6 +339,29 @@ def test_a_meta_target_is_told_to_be_materialised(url: str, watched: type[Watche
     assert watched.reads == []
 
 
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        (torch.zeros(3, 1, dtype=torch.complex64).expand(3, 4), "share memory"),
+        (torch.zeros(6, 1, dtype=torch.complex64)[::2].expand(3, 4), "share memory"),
+        (torch.zeros(10, dtype=torch.complex64).as_strided((3, 4), (1, 1)), "share memory"),
+        (torch.zeros(3, 4, dtype=torch.complex64).conj(), "conjugated"),
+        (torch._neg_view(torch.zeros(3, 4, dtype=torch.complex64)), "negated"),
+        (torch.zeros(3, 4, dtype=torch.complex64).to_sparse(), "sparse"),
+    ],
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_target_that_cannot_hold_what_is_stored(
+    url: str, watched: type[WatchedConnector], target: torch.Tensor, why: str, strict: bool
+) -> None:
+    rdmaload.save({"a": torch.ones(3), "b": torch.ones(3, 4, dtype=torch.complex64)}, url)
+    other = torch.zeros(3)
+    with pytest.raises(LayoutMismatchError, match=f"the target of b .*{why}"):
+        rdmaload.load_into({"a": other, "b": target}, url, strict=strict)
+    assert watched.reads == []
+    assert not other.any()
+
+
 def test_ranks(url: str) -> None:
     for rank in range(2):
         rdmaload.save({"w": torch.full((4,), rank + 1.0)}, url, rank=rank, world_size=2, save_id="j")
@@ -385,3 +464,64 @@ def test_what_is_no_tensor_and_not_stored_is_left_alone(url: str) -> None:
     target = {"a": torch.zeros(3), "_extra_state": {"scale": 1}}
     rdmaload.load_into(target, url)  # type: ignore[arg-type]
     assert target["a"].tolist() == [1.0] * 3
+
+
+# ---- the function weight_iterator, which opens and closes the model --------------------------------------------------
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> list[Model]:
+    """The models that were closed."""
+    models: list[Model] = []
+    close = Model.close
+
+    def noted(self: Model) -> None:
+        models.append(self)
+        close(self)
+
+    monkeypatch.setattr(Model, "close", noted)
+    return models
+
+
+def test_the_iterating_function_passes_progress_on_and_closes(url: str, closed: list[Model]) -> None:
+    rdmaload.save({f"t{i}": torch.ones(1000) for i in range(6)}, url)
+    seen: list[Progress] = []
+    iterator = rdmaload.weight_iterator(url, window_bytes=8000, progress=seen.append)
+    assert not closed
+    assert len(list(iterator)) == 6
+    assert closed
+    assert seen[-1].bytes_done == seen[-1].bytes_total == 24_000
+    assert list(iterator) == []
+
+
+def test_the_iterating_function_fails_at_the_call(url: str, closed: list[Model]) -> None:
+    with pytest.raises(NotFoundError):
+        rdmaload.weight_iterator(url)
+    for rank in range(2):
+        rdmaload.save({"a": torch.ones(3)}, url, rank=rank, world_size=2, save_id="j")
+    closed.clear()
+    with pytest.raises(LayoutMismatchError, match="sharded over 2 ranks"):
+        rdmaload.weight_iterator(url)
+    assert closed
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_a_dropped_iterator_closes_its_model(url: str, closed: list[Model], taken: int) -> None:
+    rdmaload.save({"a": torch.ones(3), "b": torch.ones(3)}, url)
+    iterator = rdmaload.weight_iterator(url)
+    for _ in range(taken):
+        next(iterator)
+    assert not closed
+    del iterator
+    gc.collect()
+    assert closed
+
+
+def test_a_failed_read_closes_the_model(url: str, watched: type[WatchedConnector], closed: list[Model]) -> None:
+    rdmaload.save({"a": torch.ones(3)}, url)
+    watched.damaged.update(chunk_keys(url, watched))
+    closed.clear()
+    iterator = rdmaload.weight_iterator(url, max_integrity_attempts=1)
+    with pytest.raises(IntegrityError):
+        next(iterator)
+    assert closed

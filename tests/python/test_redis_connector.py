@@ -391,3 +391,45 @@ def test_ipv6() -> None:
     with RedisServer(host="::1") as server, open_redis(server.url("m")) as connector:
         assert connector.set("m/a", b"1")
         assert connector.get("m/a") == b"1"
+
+
+def closed_while_busy(connector: RedisConnector, is_busy: Callable[[], bool]) -> None:
+    """Close the connector once a get() of another thread waits; it must fail soon."""
+    caught: list[BaseException] = []
+
+    def get() -> None:
+        try:
+            connector.get("m/a")
+        except UnavailableError as err:
+            caught.append(err)
+
+    thread = threading.Thread(target=get)
+    thread.start()
+    try:
+        assert is_busy()
+    finally:
+        connector.close()
+        thread.join(20)
+    assert not thread.is_alive()
+    assert "closed" in str(caught[0])
+
+
+def test_close_ends_a_command_that_waits_for_its_answer(redis_server: RedisServer) -> None:
+    with FaultProxy(redis_server.host, redis_server.port, Stall(after=0)) as proxy:
+        closed_while_busy(open_redis(proxy.url("m"), inactivity_timeout=60), proxy.wait_for_fault)
+
+
+def test_close_ends_the_attempts() -> None:
+    with ScriptedServer(failing("LOADING Redis is loading the dataset in memory")) as server:
+        tried = threading.Event()
+
+        class Told(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                tried.set()
+
+        handler = Told()
+        logging.getLogger("rdmaload").addHandler(handler)
+        try:
+            closed_while_busy(open_redis(server.url("m"), retry_timeout=60), lambda: tried.wait(20))
+        finally:
+            logging.getLogger("rdmaload").removeHandler(handler)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import _thread
 import logging
+import os
 import random
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,6 +35,9 @@ from rdmaload.errors import (
 )
 from rdmaload.journal import JournalEntry, SaveKeys
 from rdmaload.stats import Progress
+from tests.support.fault_proxy import FaultProxy
+from tests.support.faults import Stall
+from tests.support.servers import RedisServer
 from tests.support.stores import ScriptedConnector, keys_of, read_index, read_model
 
 
@@ -388,13 +393,69 @@ def test_a_source_that_changes_during_the_save(source: Path, scripted: Callable[
 def test_a_file_that_changes_after_it_was_sent(source: Path, scripted: Callable[..., str], url: str) -> None:
     def script(kind: str, key: str, effect: Callable[[], object]) -> object:
         if "/journal/" in key and kind == "set":
-            # Everything of this file is in the store; the model is not complete yet.
+            # Everything of a file is in the store; the model is not complete yet. The other thread may be reading this
+            # one: then it finds it cut.
             (source / "config.json").write_text("changed")
         return effect()
 
-    with pytest.raises(IntegrityError, match="changed while it was being saved"):
+    with pytest.raises(IntegrityError, match=r"changed while it was being saved|cut while it was saved"):
         save(source, scripted(script), chunk_bytes=1000, connections=1)
     assert stored(url) is None
+
+
+@pytest.mark.parametrize("to_files", [False, True])
+def test_a_truncated_weight_file_is_refused_before_anything_is_sent(
+    source: Path, url: str, tmp_path: Path, to_files: bool
+) -> None:
+    os.truncate(source / "model.safetensors", 10_000)
+    target = tmp_path / "target"
+    with pytest.raises(FormatError, match=r"model\.safetensors"):
+        save(source, target if to_files else url)
+    assert not target.exists() or not list(target.iterdir())
+    with connector_for(url) as connector:
+        assert isinstance(connector, KeyValueConnector)
+        assert not keys_of(connector)
+
+
+def test_one_tensor_in_two_files_is_refused(source: Path, url: str) -> None:
+    save_file({"b": torch.ones(3)}, source / "more.safetensors")
+    with pytest.raises(FormatError, match=r"tensor b is in model\.safetensors and in more\.safetensors"):
+        save(source, url)
+    assert stored(url) is None
+
+
+def test_timeout_ends_a_save_into_a_server_that_stopped_answering(
+    source: Path, redis_server: RedisServer, model: str
+) -> None:
+    with FaultProxy(redis_server.host, redis_server.port, Stall(after=2000)) as proxy:
+        started = time.monotonic()
+        with pytest.raises(LoadTimeoutError, match="timeout=1 s"):
+            save(source, proxy.url(model), chunk_bytes=100, timeout=1, inactivity_timeout=60)
+        assert time.monotonic() - started < 20
+
+
+def test_ctrl_c_ends_a_save_into_a_server_that_stopped_answering(
+    source: Path, redis_server: RedisServer, model: str
+) -> None:
+    def stop(progress: Progress) -> None:
+        if proxy.wait_for_fault(0):
+            raise KeyboardInterrupt
+
+    with FaultProxy(redis_server.host, redis_server.port, Stall(after=2000)) as proxy:
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            save(source, proxy.url(model), chunk_bytes=100, progress=stop, inactivity_timeout=60)
+        assert time.monotonic() - started < 20
+
+
+def test_buffers_are_no_larger_than_the_largest_file(source: Path, url: str) -> None:
+    tracemalloc.start()
+    try:
+        save(source, url, chunk_bytes=64 << 20)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 32 << 20
 
 
 class CutFiles(FileConnector):

@@ -132,7 +132,7 @@ def test_a_real_process_killed_by_a_signal(tmp_path: Path, redis_server: RedisSe
     source.mkdir()
     torch.manual_seed(3)
     for number in range(8):
-        save_file({"w": torch.randn(500_000)}, source / f"model-{number}.safetensors")
+        save_file({f"w{number}": torch.randn(500_000)}, source / f"model-{number}.safetensors")
     files = {path.name: path.read_bytes() for path in source.iterdir()}
     url = redis_server.url(model)
     script = textwrap.dedent(

@@ -18,6 +18,7 @@ from rdmaload.connectors import connector_for, registry
 from rdmaload.connectors.memory import forget_store
 from rdmaload.errors import (
     AlreadyExistsError,
+    AuthenticationError,
     LayoutMismatchError,
     NotFoundError,
     StaleGenerationError,
@@ -359,6 +360,43 @@ def test_evicted_chunks_are_noticed_before_publishing(scheme: Callable[[Script],
         with pytest.raises(NotFoundError, match="evicts"):
             save(state_of("a", 0), url.replace("memory", late, 1), chunk_bytes=CHUNK)
         assert read_model(plain) == files_of("b", 1, sharded=False)
+
+
+@pytest.mark.parametrize("kind", ["get", "set"])
+def test_a_store_that_evicts_the_generation_ends_the_save(
+    kind: str, scheme: Callable[[Script], str], model: str
+) -> None:
+    """At every look ("get"), or only once the save is at work ("set" of a claim)."""
+    with connector_for(f"memory://races/{model}") as plain:
+        seen: list[str] = []
+
+        def script(operation: str, key: str, effect: Callable[[], object]) -> object:
+            if operation == kind and key.endswith("/generation" if kind == "get" else "/claims/0"):
+                seen.append(key)
+                plain.delete(*(name for name in plain.list(model) if name.endswith("/generation")))
+            return effect()
+
+        with pytest.raises(NotFoundError, match=r"evicts values.*noeviction"):
+            save(state_of("a", 0), f"{scheme(script)}://races/{model}", chunk_bytes=CHUNK)
+        assert 1 <= len(seen) <= 20
+        assert read_model(plain) is None
+
+
+@pytest.mark.parametrize("ending", ["rdmaload:models", "saving/s/"])
+def test_a_published_save_does_not_fail_for_its_cleaning_up(
+    ending: str, scheme: Callable[[Script], str], model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def script(kind: str, key: str, effect: Callable[[], object]) -> object:
+        if kind in ("members_add", "list") and key.endswith(ending):
+            raise AuthenticationError("NOPERM this user may not do that")
+        return effect()
+
+    url = f"{scheme(script)}://races/{model}"
+    assert save(state_of("a", 0), url, save_id="s", chunk_bytes=CHUNK).published
+    assert "is published, but" in caplog.text
+    assert "NOPERM" in caplog.text
+    with connector_for(f"memory://races/{model}") as plain:
+        assert read_model(plain) == files_of("a", 1, sharded=False)
 
 
 @pytest.mark.parametrize("seed", range(15))

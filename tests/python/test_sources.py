@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from rdmaload import state_dict
 from rdmaload._save import save
-from rdmaload.connectors import connector_for
+from rdmaload.connectors import KeyValueConnector, connector_for
 from rdmaload.connectors.local import LocalConnector
 from rdmaload.errors import (
     FormatError,
@@ -26,8 +26,7 @@ from rdmaload.errors import (
     NotSupportedError,
     StaleGenerationError,
 )
-from rdmaload.options import Options
-from rdmaload.sources import Source, SourceModel, directory_model, stored_model
+from rdmaload.sources import Source, SourceModel, directory_model, read_manifest, stored_model
 from rdmaload.state_dict import state_dict_model
 from rdmaload.urls import parse_url
 
@@ -343,7 +342,7 @@ def stored(tmp_path: Path, model: str) -> tuple[str, dict[str, bytes]]:
 def test_a_stored_model_reads_by_any_range(stored: tuple[str, dict[str, bytes]], step: int) -> None:
     url, files = stored
     with connector_for(url) as connector:
-        model = stored_model(connector, Options())
+        model = stored_model(connector)
         assert {file.path: content(file, step) for file in model.files} == files
         assert model.chunk_bytes == 1000
 
@@ -351,7 +350,7 @@ def test_a_stored_model_reads_by_any_range(stored: tuple[str, dict[str, bytes]],
 def test_a_damaged_chunk_is_read_again_then_refused(stored: tuple[str, dict[str, bytes]]) -> None:
     url, files = stored
     with connector_for(url) as connector:
-        model = stored_model(connector, Options())
+        model = stored_model(connector)
         (source,) = [file for file in model.files if file.path == "model.safetensors"]
         key = next(
             key
@@ -381,7 +380,7 @@ def test_a_missing_chunk_says_whether_it_was_replaced_or_evicted(
 ) -> None:
     url, _ = stored
     with connector_for(url) as connector:
-        model = stored_model(connector, Options())
+        model = stored_model(connector)
         connector.delete(*connector.list(f"{connector.model}/chunks/"))
         with pytest.raises(NotFoundError, match="evicted"):
             content(model.files[0])
@@ -394,14 +393,27 @@ def test_a_missing_chunk_says_whether_it_was_replaced_or_evicted(
 def test_a_pinned_source_must_be_that_one(stored: tuple[str, dict[str, bytes]]) -> None:
     url, _ = stored
     with connector_for(url) as connector:
-        with pytest.raises(StaleGenerationError):
-            stored_model(connector, Options(generation="0" * 32))
-        with pytest.raises(IntegrityError):
-            stored_model(connector, Options(manifest_sha256="0" * 64))
+        with connector_for(url, generation="0" * 32) as other, pytest.raises(StaleGenerationError):
+            stored_model(other)
+        with connector_for(url, manifest_sha256="0" * 64) as other, pytest.raises(IntegrityError):
+            stored_model(other)
         index = next(key for key in connector.list(connector.model) if key.endswith("/index"))
         connector.delete(index)
         with pytest.raises(NotFoundError):
-            stored_model(connector, Options())
+            stored_model(connector)
         connector.set(index, b"RDMALOAD" + bytes(100))
         with pytest.raises(IntegrityError):
-            stored_model(connector, Options())
+            stored_model(connector)
+
+
+def test_a_pinned_source_that_was_replaced_is_copied(stored: tuple[str, dict[str, bytes]], tmp_path: Path) -> None:
+    url, files = stored
+    with connector_for(url) as connector:
+        assert isinstance(connector, KeyValueConnector)
+        manifest = read_manifest(connector)
+        assert manifest is not None
+    (tmp_path / "config.json").write_text("other")
+    save(tmp_path, url)
+    with connector_for(url, generation=manifest.generation) as connector:
+        model = stored_model(connector)
+        assert {file.path: content(file) for file in model.files} == files

@@ -89,12 +89,13 @@ void Connection::enqueue(Read& read) {
 }
 
 void Connection::turn(int milliseconds) {
+  drained_ = false;
   bool moved = send_some();
   if (receive_some()) {
     last_activity_ = Clock::now();
     moved = true;
   }
-  if (moved || in_flight_.empty()) return;
+  if ((moved && !drained_) || in_flight_.empty()) return;
   const Deadline silent = Deadline::at(
       last_activity_ + std::chrono::duration_cast<Clock::duration>(endpoint_.inactivity_timeout));
   if (silent.passed()) {
@@ -229,6 +230,9 @@ bool Connection::receive_payload() {
   const size_t count = cursor_.next(vectors, kPieceBytes, scratch_.span());
   const size_t got = socket_.try_receive(std::span(vectors).first(count));
   if (got == 0) return false;
+  size_t room = 0;
+  for (size_t i = 0; i < count; ++i) room += vectors[i].iov_len;
+  drained_ = got < room;
   cursor_.advance({vectors.data(), count}, got);
   if (cursor_.left() == 0) state_ = State::kTrailer;
   return true;

@@ -72,6 +72,7 @@ class Connection {
   uint64_t in_flight_bytes_ = 0;
   State state_ = State::kHeader;
   SegmentCursor cursor_;
+  bool drained_ = false;  // the last recv took all there was: asking again at once would only say so
   Clock::time_point last_activity_;
   HostArena scratch_;
 };

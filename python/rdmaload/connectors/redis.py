@@ -8,10 +8,12 @@ request that failed for want of a connection is sent again until `retry_timeout`
 from __future__ import annotations
 
 import logging
+import os
 import re
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -84,6 +86,55 @@ class _Packer:
         return [*pieces, head]
 
 
+class _Sockets:
+    """The sockets of one connector, so that another thread can end what they wait for.
+
+    They are shut down, which wakes whoever is blocked in them, and closed only by the thread that
+    uses them: a number closed under its feet could name another file by then.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: weakref.WeakSet[socket.socket] = weakref.WeakSet()  # Guarded by _lock, as is _ended.
+        self._ended = False
+        self._process = os.getpid()
+
+    def keep(self, sock: socket.socket) -> None:
+        with self._lock:
+            ended = self._ended
+            if not ended:
+                self._open.add(sock)
+        if ended:
+            sock.close()
+            raise theirs.ConnectionError("the connector was closed")
+
+    def end(self) -> None:
+        with self._lock:
+            self._ended = True
+            left = list(self._open)
+            self._open.clear()
+        if os.getpid() != self._process:
+            return  # after a fork they are the parent's, too
+        for sock in left:
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                continue  # closed already
+
+
+class _Connection(redis.Connection):
+    """A connection whose socket `sockets` knows from its first byte on."""
+
+    def __init__(self, *, sockets: _Sockets, **arguments: Any) -> None:
+        self._sockets = sockets
+        super().__init__(**arguments)  # type: ignore[no-untyped-call]
+
+    def _connect(self) -> socket.socket:
+        sock: socket.socket = super()._connect()  # type: ignore[no-untyped-call]
+        self._sockets.keep(sock)
+        return sock
+
+
 class RedisConnector(KeyValueConnector):
     """A model in a Redis or Valkey server: `redis://[user:pass@]host[:6379]/model`.
 
@@ -106,6 +157,8 @@ class RedisConnector(KeyValueConnector):
         self._port = url.port or 6379
         self._reached = False  # Only ever becomes true; a stale read costs one shorter deadline.
         self._pool_lock = threading.Lock()
+        self._sockets = _Sockets()
+        self._ended = threading.Event()  # Set by close(), for those who wait to try again.
         self._client: Any = self._new_client()  # Any: redis-py declares every result as maybe awaitable.
 
     def _new_client(self) -> redis.Redis:
@@ -115,6 +168,8 @@ class RedisConnector(KeyValueConnector):
             # A provider rather than arguments: those show in redis-py's reprs.
             credentials = redis.UsernamePasswordCredentialProvider(options.username, self._password or "")
         pool = redis.ConnectionPool(
+            connection_class=_Connection,
+            sockets=self._sockets,
             host=self._host,
             port=self._port,
             db=options.db,
@@ -130,8 +185,11 @@ class RedisConnector(KeyValueConnector):
         return redis.Redis(connection_pool=pool)
 
     def close(self) -> None:
+        """Give connections back. Commands that other threads are waiting for fail soon."""
         super().close()
-        self._client.connection_pool.disconnect()
+        self._ended.set()
+        self._sockets.end()
+        self._client.connection_pool.disconnect(inuse_connections=False)
 
     def native_transport(self) -> object | None:
         self._check_open()
@@ -276,7 +334,8 @@ class RedisConnector(KeyValueConnector):
                 break
             if attempts == 1:
                 _log.warning("%s: %s; trying again for %g s", self.url, self._text_of(failure), patience)
-            time.sleep(pause)
+            self._ended.wait(pause)
+            self._check_open()
         # Raised here, outside of the handler: the failure is attached only where it shows no
         # secret.
         error = self._translated(failure, key, attempts)
