@@ -294,6 +294,7 @@ class Model:
                         moved = tensor
                         if dtype is not None and tensor.is_floating_point():
                             moved = tensor.to(dtype)
+                            stats.copied_bytes += moved.nbytes if moved is not tensor else 0
                         if device.type != "cpu":
                             moved = moved.to(device)
                         stats.bytes += tensor.nbytes

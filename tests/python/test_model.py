@@ -891,3 +891,11 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
         with pytest.raises(rdmaload.DeviceError, match="device="):
             opened.weight_iterator(device=device)
         assert opened.stats.read_bytes == 0
+
+
+def test_a_conversion_counts_as_a_copy(tmp_path: Path) -> None:
+    stored = {"f": torch.randn(10), "h": torch.ones(3, dtype=torch.float16), "i": torch.arange(3)}
+    rdmaload.save(stored, tmp_path)
+    stats = rdmaload.LoadStats()
+    rdmaload.load(tmp_path, dtype=torch.float16, stats=stats)
+    assert stats.copied_bytes == 10 * 2  # only "f" becomes another tensor
