@@ -1,7 +1,6 @@
 // A point in time after which a wait gives up. A value; kNever is far enough away to be treated as no limit.
 #pragma once
 
-#include <algorithm>
 #include <chrono>
 
 namespace rdmaload {
@@ -21,7 +20,6 @@ class Deadline {
 
   bool passed() const { return Clock::now() >= when_; }
   Clock::time_point when() const { return when_; }
-  Deadline or_earlier(Deadline other) const { return Deadline(std::min(when_, other.when_)); }
 
   // For poll(2): milliseconds left, rounded up, at least 0 and at most `cap`.
   int poll_milliseconds(int cap) const {
