@@ -80,10 +80,13 @@ Socket::~Socket() {
 }
 
 Socket::Socket(Socket&& other) noexcept
-    : fd_(std::exchange(other.fd_, -1)), endpoint_(std::move(other.endpoint_)) {}
+    : fd_(std::exchange(other.fd_, -1)),
+      low_water_(other.low_water_),
+      endpoint_(std::move(other.endpoint_)) {}
 
 Socket& Socket::operator=(Socket&& other) noexcept {
   std::swap(fd_, other.fd_);
+  std::swap(low_water_, other.low_water_);
   std::swap(endpoint_, other.endpoint_);
   return *this;
 }
@@ -120,6 +123,12 @@ bool Socket::wait(bool readable, bool writable, int milliseconds) {
   const int ready = ::poll(&entry, 1, milliseconds);
   if (ready < 0 && errno != EINTR) throw unavailable("waiting for", endpoint_, errno);
   return ready > 0;
+}
+
+void Socket::set_low_water(int bytes) noexcept {
+  if (bytes == low_water_) return;
+  set_option(fd_, SOL_SOCKET, SO_RCVLOWAT, bytes);
+  low_water_ = bytes;
 }
 
 }  // namespace rdmaload

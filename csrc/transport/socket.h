@@ -38,10 +38,14 @@ class Socket {
   size_t try_receive(std::span<std::byte> bytes);
   // Waits up to `milliseconds` until it can be read (or, if asked, written). False when the time passed.
   bool wait(bool readable, bool writable, int milliseconds);
+  // From now on wait() calls it readable when this many bytes have come (or the peer has closed). The system
+  // may say so earlier. A hint: fewer wake-ups where more than that is known to be on its way.
+  void set_low_water(int bytes) noexcept;
 
  private:
   Socket(int fd, std::string endpoint) : fd_(fd), endpoint_(std::move(endpoint)) {}
   int fd_ = -1;
+  int low_water_ = 1;
   std::string endpoint_;
 };
 

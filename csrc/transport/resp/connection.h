@@ -59,6 +59,7 @@ class Connection {
   void begin_payload();
   void finish(const Status& status);
   size_t expected_bytes() const;
+  uint64_t unreceived_bytes() const noexcept;
   std::string context(const Read& read) const;
 
   enum class State { kHeader, kPayload, kTrailer };
