@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/checked.h"
 #include "core/error.h"
 
 namespace rdmaload {
@@ -40,7 +41,7 @@ class Planner {
       const uint64_t last = (wanted_[i].end - 1) / unit;
       for (uint64_t chunk = std::max(next_chunk, wanted_[i].begin / unit); chunk <= last; ++chunk) {
         const uint64_t chunk_begin = chunk * unit;
-        const uint64_t chunk_end = std::min(chunk_begin + unit, stored.bytes);
+        const uint64_t chunk_end = chunk_begin + std::min(unit, stored.bytes - chunk_begin);
         uint64_t begin = chunk_begin, end = chunk_end;
         if (!limits_.whole_chunks) {
           size_t final = i;
@@ -102,7 +103,8 @@ class Planner {
   size_t cursor_ = 0;           // the first of wanted_ that a later read may still need
 };
 
-void check(const TensorIndex& index, std::span<const uint32_t> selection, const PlanLimits& limits) {
+void check(const TensorIndex& index, const StoreLayout& layout, std::span<const uint32_t> selection,
+           const PlanLimits& limits) {
   if (limits.read_bytes == 0 || limits.alignment == 0) {
     throw Error(ErrorCode::kInvalid, "read_bytes and alignment must not be 0");
   }
@@ -113,6 +115,11 @@ void check(const TensorIndex& index, std::span<const uint32_t> selection, const 
     if (selected[tensor])
       throw Error(ErrorCode::kInvalid, "tensor " + std::to_string(tensor) + " is selected twice");
     selected[tensor] = true;
+    const IndexedTensor& entry = index.tensors()[tensor];
+    if (entry.file >= layout.files.size() || entry.info.end > layout.files[entry.file].bytes) {
+      throw Error(ErrorCode::kInvalid,
+                  "tensor " + std::to_string(tensor) + " lies outside of the layout's files");
+    }
   }
 }
 
@@ -151,7 +158,8 @@ void plan_reads(const TensorIndex& index, const StoreLayout& layout, const PlanL
 }  // namespace
 
 uint64_t StoreLayout::chunk_count(uint32_t file) const {
-  return chunk_bytes == 0 ? 0 : (files[file].bytes + chunk_bytes - 1) / chunk_bytes;
+  const uint64_t bytes = files[file].bytes;
+  return chunk_bytes == 0 ? 0 : bytes / chunk_bytes + (bytes % chunk_bytes != 0 ? 1 : 0);
 }
 
 void StoreLayout::validate() const {
@@ -172,7 +180,7 @@ std::string LoadPlan::object_name(const StoreLayout& layout, const PlannedRead& 
 
 LoadPlan plan_into_arenas(const TensorIndex& index, const StoreLayout& layout,
                           std::vector<uint32_t> selection, const PlanLimits& limits) {
-  check(index, selection, limits);
+  check(index, layout, selection, limits);
   const auto& tensors = index.tensors();
   std::stable_sort(selection.begin(), selection.end(), [&](uint32_t a, uint32_t b) {
     return std::pair(tensors[a].file, tensors[a].info.begin) <
@@ -182,17 +190,18 @@ LoadPlan plan_into_arenas(const TensorIndex& index, const StoreLayout& layout,
   plan.placements.reserve(selection.size());
   for (const uint32_t tensor : selection) {
     const uint64_t bytes = tensors[tensor].info.end - tensors[tensor].info.begin;
-    uint64_t offset = 0;
+    // Where it would begin in the last arena; nullopt: there is none, or beyond 2^64.
+    std::optional<uint64_t> offset;
     if (!plan.region_bytes.empty()) {
-      offset = (plan.region_bytes.back() + limits.alignment - 1) / limits.alignment * limits.alignment;
+      const uint64_t used = plan.region_bytes.back(), odd = used % limits.alignment;
+      offset = checked_add(used, odd == 0 ? 0 : limits.alignment - odd);
     }
-    const bool fits = offset <= limits.max_arena_bytes && bytes <= limits.max_arena_bytes - offset;
-    if (plan.region_bytes.empty() || !fits) {
+    if (!offset || *offset > limits.max_arena_bytes || bytes > limits.max_arena_bytes - *offset) {
       plan.region_bytes.push_back(0);
       offset = 0;
     }
-    plan.region_bytes.back() = offset + bytes;
-    plan.placements.push_back({tensor, static_cast<uint32_t>(plan.region_bytes.size() - 1), offset});
+    plan.region_bytes.back() = *offset + bytes;
+    plan.placements.push_back({tensor, static_cast<uint32_t>(plan.region_bytes.size() - 1), *offset});
   }
   plan_reads(index, layout, limits, plan);
   return plan;
@@ -200,7 +209,7 @@ LoadPlan plan_into_arenas(const TensorIndex& index, const StoreLayout& layout,
 
 LoadPlan plan_into_tensors(const TensorIndex& index, const StoreLayout& layout,
                            std::span<const uint32_t> selection, const PlanLimits& limits) {
-  check(index, selection, limits);
+  check(index, layout, selection, limits);
   LoadPlan plan;
   for (const uint32_t tensor : selection) {
     const TensorInfo& info = index.tensors()[tensor].info;

@@ -77,7 +77,8 @@ struct LoadPlan {
   std::string object_name(const StoreLayout& layout, const PlannedRead& read) const;
 };
 
-// Both throw kInvalid for limits that make no sense, a tensor that does not exist, or one selected twice.
+// Both throw kInvalid for limits that make no sense, a tensor that does not exist or lies outside of the
+// layout's files, or one selected twice.
 
 // Packs the selected tensors into arenas, in file order.
 LoadPlan plan_into_arenas(const TensorIndex& index, const StoreLayout& layout,

@@ -338,5 +338,54 @@ TEST_CASE("selections and limits that make no sense are refused") {
   CHECK_THROWS_AS(plan_into_arenas(model.index, model.layout, {0}, limits), Error);
 }
 
+TEST_CASE("sizes near 2^64 do not wrap into a place that is taken") {
+  constexpr uint64_t kHuge = uint64_t{1} << 62;
+  TensorIndex index;
+  StoreLayout layout;
+  for (uint32_t file = 0; file < 3; ++file) {
+    index.add_blocks(file, kHuge, kHuge);
+    layout.files.push_back({"f", kHuge, 0});
+  }
+  const std::vector<uint32_t> all{0, 1, 2};
+  PlanLimits limits;
+  limits.read_bytes = kHuge;
+  limits.max_arena_bytes = std::numeric_limits<uint64_t>::max();
+  limits.alignment = kHuge + 1;  // the second tensor begins there; for a third there is no room below 2^64
+  const LoadPlan plan = plan_into_arenas(index, layout, all, limits);
+  CHECK(plan.region_bytes == std::vector<uint64_t>{2 * kHuge + 1, kHuge});
+  CHECK(plan.placements[1].offset == kHuge + 1);
+  CHECK(plan.placements[2].region == 1);
+}
+
+TEST_CASE("the last chunk of a file near 2^64 is counted, and its checksum asked for") {
+  const uint64_t bytes = std::numeric_limits<uint64_t>::max() - 2;
+  StoreLayout layout;
+  layout.files.push_back({"f/", bytes, 0});
+  layout.chunk_bytes = uint64_t{1} << 63;
+  CHECK(layout.chunk_count(0) == 2);
+  layout.crcs = {7};
+  CHECK_THROWS_AS(layout.validate(), Error);
+}
+
+TEST_CASE("a layout without a tensor's file or with a shorter one is refused") {
+  Model model;
+  model.add_blocks(100, 100, 1);
+  model.add_blocks(100, 100, 2);
+  const std::vector<uint32_t> second{1};
+  CHECK(plan_into_tensors(model.index, model.layout, second, {}).read_bytes == 100);
+  const auto code = [&] {
+    try {
+      plan_into_tensors(model.index, model.layout, second, {});
+    } catch (const Error& error) {
+      return error.code();
+    }
+    return ErrorCode::kCancelled;
+  };
+  model.layout.files[1].bytes = 99;
+  CHECK(code() == ErrorCode::kInvalid);
+  model.layout.files.pop_back();
+  CHECK(code() == ErrorCode::kInvalid);
+}
+
 }  // namespace
 }  // namespace rdmaload

@@ -62,5 +62,14 @@ TEST_CASE("a file without tensors is divided into blocks, the last one shorter")
   }
 }
 
+TEST_CASE("blocks of a file near 2^63 end, and a larger file is refused") {
+  constexpr uint64_t kMost = std::numeric_limits<int64_t>::max();
+  TensorIndex index;
+  index.add_blocks(0, kMost, uint64_t{1} << 62);
+  REQUIRE(index.tensors().size() == 2);
+  CHECK(index.tensors()[1].info.end == kMost);
+  CHECK_THROWS_AS(index.add_blocks(0, std::numeric_limits<uint64_t>::max(), uint64_t{1} << 63), Error);
+}
+
 }  // namespace
 }  // namespace rdmaload
