@@ -40,6 +40,8 @@ STATE = {
     "c": torch.ones(3, 5, dtype=torch.bfloat16),
 }
 CHUNK = 1000  # so that a load is a handful of reads
+# Long enough for a loaded machine to get over what passes, short enough for two hundred of what does not.
+PATIENT = {"connect_timeout": 5.0, "inactivity_timeout": 5.0, "retry_timeout": 10.0}
 HASTY = {"connect_timeout": 0.15, "inactivity_timeout": 0.1, "retry_timeout": 0.15}
 CHUNK_KEY = "*/chunks/*/*/*"
 
@@ -116,7 +118,9 @@ FAULTS: dict[str, tuple[faults.Fault, ...]] = {
     "no manifest": (faults.Replace(key="*/manifest", reply=resp.nil(), repeat="always"),),
     "a slow server": (faults.Delay(seconds=0.002),),
 }
-MUST_LOAD = {"nothing", "reset once in a value", "a flipped bit", "loading", "a slow server"}
+PASSING = {"nothing", "reset once in a value", "close in a value", "a flipped bit", "loading", "a slow server"}
+# Each connection gets a bit further; whether that is in time is the machine's affair.
+EITHER = {"stall"}
 
 
 @pytest.mark.slow
@@ -128,7 +132,7 @@ def test_two_hundred_loads_with_faults_leave_nothing_behind(server: RedisServer)
         mode = "refuse" if name == "refuse" else "forward"
         with FaultProxy(server.host, server.port, *FAULTS[name], mode=mode) as proxy:
             try:
-                check(rdmaload.load(proxy.url("m"), **HASTY))
+                check(rdmaload.load(proxy.url("m"), **(PATIENT if name in PASSING else HASTY)))
                 outcomes[name, "loaded"] += 1
             except RdmaloadError as error:
                 outcomes[name, type(error).__name__] += 1
@@ -145,9 +149,8 @@ def test_two_hundred_loads_with_faults_leave_nothing_behind(server: RedisServer)
     assert growth_bytes(samples) < MAX_FAULTY_GROWTH_BYTES, [sample >> 10 for sample in samples]
     # The faults did happen, and the loads that could get over them did.
     assert outcomes.total() == FAULTY_LOADS + len(FAULTS)
-    for name in FAULTS:
-        loaded = outcomes[name, "loaded"] > 0
-        assert loaded == (name in MUST_LOAD), outcomes
+    for (name, outcome), count in outcomes.items():
+        assert name in EITHER or (outcome == "loaded") == (name in PASSING), (name, outcome, count)
 
 
 # ---- the measure sees a leak -----------------------------------------------------------------------------------------

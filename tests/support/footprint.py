@@ -1,8 +1,8 @@
 """What a process holds: memory, descriptors, threads, objects of ours, connections that only the peer has closed.
 
-    before = Footprint.of_process()
-    ...
-    assert Footprint.settled(before).beyond(before) == []
+before = Footprint.of_process()
+...
+assert Footprint.settled(before).beyond(before) == []
 """
 
 from __future__ import annotations
