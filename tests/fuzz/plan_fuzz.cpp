@@ -166,9 +166,10 @@ void check(const TensorIndex& index, const StoreLayout& layout, const PlanLimits
   }
 }
 
-// What the plan must ask of the store, summed tensor by tensor; an upper bound of the number of reads.
+// An upper bound of the number of reads, and of checksums.
 uint64_t most_reads(const TensorIndex& index, const StoreLayout& layout, const PlanLimits& limits) {
   const uint64_t unit = layout.chunk_bytes > 0 ? layout.chunk_bytes : limits.read_bytes;
+  if (unit == 0) return 0;  // refused
   uint64_t reads = 0;
   for (const StoredFile& file : layout.files) reads += std::min(file.bytes / unit, kMaxReads) + 1;
   return reads + index.tensors().size();
@@ -224,7 +225,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (flags & 16) limits.coalesce_gap = size_from(input);
   if (flags & 32) limits.max_arena_bytes = size_from(input);
   if (flags & 64) limits.alignment = size_from(input);
-  if (limits.read_bytes > 0 && most_reads(index, layout, limits) > kMaxReads) return 0;
+  if (most_reads(index, layout, limits) > kMaxReads) return 0;
   if (layout.chunk_bytes > 0 && flags & 128) {
     for (uint32_t file = 0; file < files; ++file) {
       layout.files[file].first_chunk = layout.crcs.size();
