@@ -8,6 +8,7 @@
 #include "bindings/register.h"
 #include "transport/file_transport.h"
 #include "transport/resp/resp_transport.h"
+#include "transport/tls.h"
 
 namespace py = pybind11;
 
@@ -34,7 +35,8 @@ std::shared_ptr<resp::RespTransport> make_resp(std::string host, int port,
                                                std::optional<std::string> password, int db, int protocol,
                                                int connections, uint64_t bytes_in_flight,
                                                double connect_timeout, double inactivity_timeout,
-                                               std::string name) {
+                                               std::string name, std::string socket_path,
+                                               std::shared_ptr<const TlsContext> tls) {
   using Seconds = std::chrono::duration<double>;
   resp::Endpoint endpoint;
   endpoint.host = std::move(host);
@@ -46,6 +48,8 @@ std::shared_ptr<resp::RespTransport> make_resp(std::string host, int port,
   endpoint.connect_timeout = Seconds(connect_timeout);
   endpoint.inactivity_timeout = Seconds(inactivity_timeout);
   endpoint.name = std::move(name);
+  endpoint.socket_path = std::move(socket_path);
+  endpoint.tls = std::move(tls);
   return released_on_delete(new resp::RespTransport({std::move(endpoint), connections, bytes_in_flight}));
 }
 
@@ -62,12 +66,24 @@ void register_transport(py::module_& module) {
            }),
            py::arg("root"), py::arg("threads"));
 
+  module.def("tls_library", &tls_library);
+  py::class_<TlsContext, std::shared_ptr<TlsContext>>(module, "TlsContext")
+      .def(py::init([](std::string ca_file, std::string ca_dir, std::string client_cert_file,
+                       std::string client_key_file, std::string server_name, bool verify) {
+             return std::make_shared<TlsContext>(
+                 TlsOptions{std::move(ca_file), std::move(ca_dir), std::move(client_cert_file),
+                            std::move(client_key_file), std::move(server_name), verify});
+           }),
+           py::kw_only(), py::arg("ca_file") = "", py::arg("ca_dir") = "", py::arg("client_cert_file") = "",
+           py::arg("client_key_file") = "", py::arg("server_name") = "", py::arg("verify") = true,
+           py::call_guard<py::gil_scoped_release>());
+
   py::class_<resp::RespTransport, Transport, std::shared_ptr<resp::RespTransport>>(module, "RespTransport")
       .def(py::init(&make_resp), py::kw_only(), py::arg("host"), py::arg("port"),
            py::arg("username") = py::none(), py::arg("password") = py::none(), py::arg("db") = 0,
            py::arg("protocol") = 2, py::arg("connections") = 2, py::arg("bytes_in_flight") = 4 << 20,
-           py::arg("connect_timeout") = 10.0, py::arg("inactivity_timeout") = 30.0,
-           py::arg("name") = "redis");
+           py::arg("connect_timeout") = 10.0, py::arg("inactivity_timeout") = 30.0, py::arg("name") = "redis",
+           py::arg("socket_path") = "", py::arg("tls") = nullptr);
 
   py::class_<PythonTransport, Transport, std::shared_ptr<PythonTransport>>(module, "PythonTransport")
       .def(py::init([](py::function reader, int threads) {

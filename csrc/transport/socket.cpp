@@ -5,6 +5,7 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -73,6 +74,27 @@ Socket Socket::connect(const std::string& host, int port, Deadline deadline, con
     last_error = error;
   }
   throw unavailable("connecting to", endpoint, last_error);
+}
+
+Socket Socket::connect_unix(const std::string& path, Deadline deadline, const GiveUp& give_up) {
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  if (path.empty() || path.size() >= sizeof(address.sun_path)) {
+    throw Error(ErrorCode::kInvalid, "'" + path + "' is no path of a unix socket: 1 to " +
+                                         std::to_string(sizeof(address.sun_path) - 1) + " bytes are allowed");
+  }
+  std::memcpy(address.sun_path, path.data(), path.size());
+  Socket socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), path);
+  if (socket.fd_ < 0) throw unavailable("connecting to", path, errno);
+  while (::connect(socket.fd_, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0) {
+    if (errno == EINTR) continue;
+    // A full backlog: unlike TCP the attempt is over, and nothing tells when there is room.
+    if (errno != EAGAIN) throw unavailable("connecting to", path, errno);
+    ::poll(nullptr, 0, deadline.poll_milliseconds(kGiveUpPollMilliseconds));
+    if (give_up()) throw Error(ErrorCode::kCancelled, "connecting to " + path + " was cancelled");
+    if (deadline.passed()) throw Error(ErrorCode::kTimeout, "connecting to " + path + " took too long");
+  }
+  return socket;
 }
 
 Socket::~Socket() {

@@ -1,4 +1,4 @@
-// A connected, non-blocking TCP socket.
+// A connected, non-blocking TCP or unix socket.
 //
 // Owns one descriptor; belongs to one thread. Every wait has a deadline. Errors name the endpoint, never a
 // credential.
@@ -25,11 +25,14 @@ class Socket {
   // Resolves (IPv4, IPv6 or a name) and tries each address in turn. Throws kUnavailable, kTimeout or
   // kCancelled. Resolving a name is the one step that the system's resolver, not the deadline, bounds.
   static Socket connect(const std::string& host, int port, Deadline deadline, const GiveUp& give_up);
+  // The unix socket at this path. Throws the same, and kInvalid for a path longer than the system takes.
+  static Socket connect_unix(const std::string& path, Deadline deadline, const GiveUp& give_up);
   ~Socket();
   Socket(Socket&& other) noexcept;
   Socket& operator=(Socket&& other) noexcept;
 
   bool connected() const noexcept { return fd_ >= 0; }
+  const std::string& endpoint() const noexcept { return endpoint_; }
 
   // Bytes taken by the kernel; 0 when it has no room now. Throws kUnavailable.
   size_t try_send(std::span<const std::byte> bytes);

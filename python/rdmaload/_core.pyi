@@ -32,6 +32,20 @@ class Transport:
 class FileTransport(Transport):
     def __init__(self, root: str, threads: int) -> None: ...
 
+def tls_library() -> str: ...
+
+class TlsContext:
+    def __init__(
+        self,
+        *,
+        ca_file: str = "",
+        ca_dir: str = "",
+        client_cert_file: str = "",
+        client_key_file: str = "",
+        server_name: str = "",
+        verify: bool = True,
+    ) -> None: ...
+
 class RespTransport(Transport):
     def __init__(
         self,
@@ -47,6 +61,8 @@ class RespTransport(Transport):
         connect_timeout: float = 10.0,
         inactivity_timeout: float = 30.0,
         name: str = "redis",
+        socket_path: str = "",
+        tls: TlsContext | None = None,
     ) -> None: ...
 
 class PythonTransport(Transport):

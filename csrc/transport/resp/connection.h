@@ -8,12 +8,13 @@
 #include <array>
 #include <cstdint>
 #include <deque>
+#include <memory>
 #include <string>
 
 #include "memory/host_arena.h"
 #include "transport/resp/reply.h"
 #include "transport/segment_cursor.h"
-#include "transport/socket.h"
+#include "transport/stream.h"
 #include "transport/transport.h"
 
 namespace rdmaload::resp {
@@ -21,8 +22,10 @@ namespace rdmaload::resp {
 struct Endpoint {
   std::string host;
   int port = 6379;
-  std::string username;  // empty: the default user
-  std::string password;  // empty: none
+  std::string socket_path;                // of a unix socket, instead of host and port
+  std::shared_ptr<const TlsContext> tls;  // null: plain
+  std::string username;                   // empty: the default user
+  std::string password;                   // empty: none
   int database = 0;
   int protocol = 2;  // RESP version
   std::chrono::duration<double> connect_timeout{10};
@@ -65,7 +68,7 @@ class Connection {
   enum class State { kHeader, kPayload, kTrailer };
 
   const Endpoint& endpoint_;
-  Socket socket_;
+  Stream socket_;
   std::string out_;  // requests not yet sent
   size_t out_sent_ = 0;
   std::string in_;  // reply bytes outside of payloads: header lines, trailers, errors

@@ -1,4 +1,5 @@
-// Reads from a Redis or Valkey server over TCP: N connections, each pipelined, values received in place.
+// Reads from a Redis or Valkey server over TCP, TLS or a unix socket: N connections, each pipelined, values
+// received in place.
 //
 // One thread per connection owns its socket. Requests wait in one queue; a connection takes the next one when
 // its share of bytes_in_flight has room (the server's reply buffers count against its maxmemory, so the bound
@@ -30,7 +31,11 @@ class RespTransport final : public Transport {
   using Transport::submit;
   void submit(Read& read, Clock::time_point not_before) override;
   void cancel(const ReadOwner& owner) override;
-  std::string_view path() const noexcept override { return "resp-tcp"; }
+  std::string_view path() const noexcept override {
+    return options_.endpoint.tls                   ? "resp-tls"
+           : options_.endpoint.socket_path.empty() ? "resp-tcp"
+                                                   : "resp-unix";
+  }
   int connections() const noexcept override { return options_.connections; }
 
  private:

@@ -1,9 +1,9 @@
 // A RESP server for one test: a script decides, connection by connection, what is answered, byte by byte.
 //
-// Listens on a loopback port that the system chose. Every connection has a thread of its own that runs the
-// script; when the script returns, the connection is closed in order. Destroying the server ends all
-// connections. Scripts must not assert (they run on other threads): they count, and the test looks at the
-// counts.
+// Listens on a loopback port that the system chose, or on a unix socket. Every connection has a thread of its
+// own that runs the script; when the script returns, the connection is closed in order. Destroying the server
+// ends all connections. Scripts must not assert (they run on other threads): they count, and the test looks
+// at the counts.
 #pragma once
 
 #include <arpa/inet.h>
@@ -13,6 +13,7 @@
 #include <poll.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -34,9 +35,19 @@ namespace rdmaload::testing {
 
 using Command = std::vector<std::string>;
 
+// What the bytes of a session go through instead of its socket; belongs to the session's thread.
+class Wire {
+ public:
+  virtual ~Wire() = default;
+  // As send(2) and recv(2) on a blocking socket.
+  virtual ssize_t send(const char* from, size_t size) = 0;
+  virtual ssize_t receive(char* to, size_t size) = 0;
+  virtual void end() = 0;  // tells the client that nothing more comes
+};
+
 class RespSession {
  public:
-  explicit RespSession(int fd) : fd_(fd) {
+  explicit RespSession(int fd, std::unique_ptr<Wire> wire = nullptr) : fd_(fd), wire_(std::move(wire)) {
     const int on = 1;
     setsockopt(fd_, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
   }
@@ -70,7 +81,8 @@ class RespSession {
   // False when the client is gone.
   bool send(std::string_view bytes) {
     while (!bytes.empty()) {
-      const ssize_t sent = ::send(fd_, bytes.data(), bytes.size(), MSG_NOSIGNAL);
+      const ssize_t sent = wire_ ? wire_->send(bytes.data(), bytes.size())
+                                 : ::send(fd_, bytes.data(), bytes.size(), MSG_NOSIGNAL);
       if (sent <= 0) return false;
       bytes.remove_prefix(static_cast<size_t>(sent));
     }
@@ -91,9 +103,22 @@ class RespSession {
   // Until the client closed the connection or the server is stopped: how a script stalls.
   void wait_for_close() {
     char byte;
-    while (::recv(fd_, &byte, 1, 0) > 0) {
+    while (receive(&byte, 1) > 0) {
     }
   }
+
+  // Bytes as they come; 0 or less at the end.
+  ssize_t receive(char* to, size_t size) {
+    return wire_ ? wire_->receive(to, size) : ::recv(fd_, to, size, 0);
+  }
+
+  // Ends the connection as the wire does, then the socket.
+  void end() {
+    if (wire_) wire_->end();
+    shut_down();
+  }
+
+  Wire* wire() { return wire_.get(); }
 
   // Ends the connection with a reset instead of an orderly close.
   void reset() {
@@ -114,7 +139,7 @@ class RespSession {
   bool fill(size_t bytes) {
     while (buffer_.size() < bytes) {
       char piece[4096];
-      const ssize_t got = ::recv(fd_, piece, sizeof(piece), 0);
+      const ssize_t got = receive(piece, sizeof(piece));
       if (got <= 0) return false;
       buffer_.append(piece, static_cast<size_t>(got));
     }
@@ -151,6 +176,7 @@ class RespSession {
 
   std::mutex mutex_;  // shut_down() against reset()
   int fd_;
+  std::unique_ptr<Wire> wire_;
   std::string buffer_;
 };
 
@@ -158,8 +184,24 @@ class RespServer {
  public:
   using Script = std::function<void(RespSession& session, int connection)>;  // connections count from 0
 
-  explicit RespServer(Script script, const std::string& address = "127.0.0.1")
-      : script_(std::move(script)), address_(address) {
+  using Wrap = std::function<std::unique_ptr<Wire>(int fd)>;
+
+  // An address with a slash is the path of a unix socket.
+  explicit RespServer(Script script, const std::string& address = "127.0.0.1", Wrap wrap = nullptr)
+      : script_(std::move(script)), wrap_(std::move(wrap)), address_(address) {
+    if (address.find('/') != std::string::npos) {
+      listener_ = ::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+      sockaddr_un name{};
+      name.sun_family = AF_UNIX;
+      address.copy(name.sun_path, sizeof(name.sun_path) - 1);
+      if (listener_ < 0 || ::bind(listener_, reinterpret_cast<sockaddr*>(&name), sizeof(name)) != 0 ||
+          ::listen(listener_, 64) != 0) {
+        if (listener_ >= 0) ::close(listener_);
+        throw std::runtime_error("cannot listen on " + address);
+      }
+      acceptor_ = std::thread([this] { accept_all(); });
+      return;
+    }
     const bool six = address.find(':') != std::string::npos;
     listener_ = ::socket(six ? AF_INET6 : AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     sockaddr_in v4{};
@@ -198,15 +240,16 @@ class RespServer {
     while (!stopping_) {
       const int fd = ::accept4(listener_, nullptr, nullptr, SOCK_CLOEXEC);
       if (fd < 0) continue;
-      auto& session = *sessions_.emplace_back(std::make_unique<RespSession>(fd));
+      auto& session = *sessions_.emplace_back(std::make_unique<RespSession>(fd, wrap_ ? wrap_(fd) : nullptr));
       threads_.emplace_back([this, &session, number = accepted_++] {
         script_(session, number);
-        session.shut_down();
+        session.end();
       });
     }
   }
 
   const Script script_;
+  const Wrap wrap_;
   const std::string address_;
   int listener_;
   int port_ = 0;

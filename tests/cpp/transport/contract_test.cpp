@@ -10,6 +10,7 @@
 #include "support/reads.h"
 #include "support/resp_server.h"
 #include "support/temp_dir.h"
+#include "support/tls_server.h"
 #include "transport/file_transport.h"
 #include "transport/memory_transport.h"
 #include "transport/resp/resp_transport.h"
@@ -63,8 +64,51 @@ struct RespStore {
   }
 };
 
-#define FOR_EVERY_TRANSPORT(name) \
-  TEST_CASE_TEMPLATE(name, Store, MemoryStore, FileStore, RespStore<2>, RespStore<3>)
+struct UnixRespStore {
+  static constexpr bool kKnowsSizes = true;
+  testing::TempDir directory;
+  testing::RespStore store;
+  testing::RespServer server{[this](testing::RespSession& session, int) { store.serve(session); },
+                             (directory.path() / "s").string()};
+  void put(const std::string& object, const std::vector<std::byte>& bytes) {
+    store.put(object, testing::text_of(bytes));
+  }
+  std::unique_ptr<Transport> open(int connections) {
+    resp::TransportOptions options;
+    options.endpoint.socket_path = server.address();
+    options.endpoint.name = "redis+unix://test";
+    options.connections = connections;
+    return std::make_unique<resp::RespTransport>(options);
+  }
+};
+
+struct TlsRespStore {
+  static constexpr bool kKnowsSizes = true;
+  testing::TempDir directory;
+  testing::Certificate authority = testing::make_certificate({"authority", ""});
+  testing::TlsSide side{{testing::make_certificate({}, &authority)}};
+  testing::RespStore store;
+  testing::RespServer server{[this](testing::RespSession& session, int) { store.serve(session); },
+                             "127.0.0.1", side.wrap()};
+  void put(const std::string& object, const std::vector<std::byte>& bytes) {
+    store.put(object, testing::text_of(bytes));
+  }
+  std::unique_ptr<Transport> open(int connections) {
+    resp::TransportOptions options;
+    options.endpoint.host = server.address();
+    options.endpoint.port = server.port();
+    options.endpoint.name = "rediss://test";
+    TlsOptions tls;
+    tls.ca_file = testing::write_pem(directory, "ca.pem", authority.x509.get());
+    options.endpoint.tls = std::make_shared<TlsContext>(tls);
+    options.connections = connections;
+    return std::make_unique<resp::RespTransport>(options);
+  }
+};
+
+#define FOR_EVERY_TRANSPORT(name)                                                                    \
+  TEST_CASE_TEMPLATE(name, Store, MemoryStore, FileStore, RespStore<2>, RespStore<3>, UnixRespStore, \
+                     TlsRespStore)
 
 Clock::time_point much_later() { return Clock::now() + std::chrono::hours(1); }
 

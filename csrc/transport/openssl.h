@@ -1,0 +1,75 @@
+// The functions of OpenSSL that this project calls, from the libssl that is opened at run time.
+//
+// Opened rather than linked: an import then never fails for want of it, security updates of the machine
+// apply, the machine's own store of certificates is found, and in a Python process it is the very library
+// that the ssl module uses. Only headers are needed to build; a build without them has no TLS and says so.
+// Included by tls.cpp alone.
+#pragma once
+
+#include <openssl/bio.h>
+#include <openssl/err.h>
+#include <openssl/ssl.h>
+#include <openssl/x509_vfy.h>
+#include <openssl/x509v3.h>
+
+namespace rdmaload {
+
+#define RDMALOAD_OPENSSL_FUNCTIONS(X)    \
+  X(BIO_clear_flags)                     \
+  X(BIO_get_data)                        \
+  X(BIO_get_new_index)                   \
+  X(BIO_meth_new)                        \
+  X(BIO_meth_set_create)                 \
+  X(BIO_meth_set_ctrl)                   \
+  X(BIO_meth_set_read_ex)                \
+  X(BIO_meth_set_write_ex)               \
+  X(BIO_new)                             \
+  X(BIO_set_data)                        \
+  X(BIO_set_flags)                       \
+  X(BIO_set_init)                        \
+  X(ERR_clear_error)                     \
+  X(ERR_error_string_n)                  \
+  X(ERR_peek_last_error)                 \
+  X(OpenSSL_version)                     \
+  X(SSL_CTX_check_private_key)           \
+  X(SSL_CTX_ctrl)                        \
+  X(SSL_CTX_free)                        \
+  X(SSL_CTX_load_verify_dir)             \
+  X(SSL_CTX_load_verify_file)            \
+  X(SSL_CTX_new)                         \
+  X(SSL_CTX_set_default_passwd_cb)       \
+  X(SSL_CTX_set_default_read_buffer_len) \
+  X(SSL_CTX_set_default_verify_paths)    \
+  X(SSL_CTX_set_options)                 \
+  X(SSL_CTX_set_verify)                  \
+  X(SSL_CTX_use_PrivateKey_file)         \
+  X(SSL_CTX_use_certificate_chain_file)  \
+  X(SSL_connect)                         \
+  X(SSL_ctrl)                            \
+  X(SSL_free)                            \
+  X(SSL_get0_param)                      \
+  X(SSL_get_error)                       \
+  X(SSL_get_verify_result)               \
+  X(SSL_new)                             \
+  X(SSL_read_ex)                         \
+  X(SSL_set_bio)                         \
+  X(SSL_shutdown)                        \
+  X(SSL_write_ex)                        \
+  X(TLS_client_method)                   \
+  X(X509_VERIFY_PARAM_set1_host)         \
+  X(X509_VERIFY_PARAM_set1_ip_asc)       \
+  X(X509_VERIFY_PARAM_set_hostflags)     \
+  X(X509_verify_cert_error_string)
+
+struct OpenSsl {
+  // Opens this library; throws kNotSupported, which names it and what to install.
+  explicit OpenSsl(const char* soname);
+#define X(name) decltype(&::name) name;
+  RDMALOAD_OPENSSL_FUNCTIONS(X)
+#undef X
+};
+
+// The process's one, opened at first use and never closed: other libraries may use it until the end.
+const OpenSsl& openssl();
+
+}  // namespace rdmaload
