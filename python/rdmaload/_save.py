@@ -60,6 +60,7 @@ _RESTARTS = 3
 _JOINS = 10  # the same for joining, which costs a few round trips only
 
 _PATHS = {"redis": "resp-tcp", "valkey": "resp-tcp", "memory": "memory", "file": "file-buffered"}
+_PATHS |= {"rediss": "resp-tls", "valkeys": "resp-tls", "redis+unix": "resp-unix", "valkey+unix": "resp-unix"}
 
 
 def save(

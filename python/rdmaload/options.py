@@ -96,6 +96,14 @@ def _one_of(*choices: _Value) -> Callable[[object], _Value]:
     return convert
 
 
+def _flag(value: object) -> bool:
+    if value in ("true", "false"):
+        return value == "true"
+    if not isinstance(value, bool):
+        raise _Wrong("true or false")
+    return value
+
+
 def _text(value: object) -> str:
     # A path is welcome where a name of a file is.
     if isinstance(value, os.PathLike):
@@ -166,6 +174,18 @@ class Options:
     """Threads that read local files, or a store without a native transport."""
     max_integrity_attempts: int = _option(_whole(1, 100), 3)
     """How often a chunk is read in all before a wrong checksum is an error."""
+    ca_file: str | None = _option(_text, None)
+    """PEM file of the authorities that a TLS server is trusted by; None = the system's."""
+    ca_dir: str | None = _option(_text, None)
+    """Directory of authorities under their hashed names (`openssl rehash`), instead or as well."""
+    client_cert_file: str | None = _option(_text, None)
+    """PEM file of the certificate, with its chain, that we show to a TLS server."""
+    client_key_file: str | None = _option(_text, None)
+    """PEM file of its key, not encrypted; None = it is in `client_cert_file`."""
+    server_name: str | None = _option(_text, None)
+    """Name that a TLS server is asked for (SNI) and must have in its certificate; None = the url's host."""
+    verify_tls: bool = _option(_flag, True)
+    """False accepts any TLS server, and is logged."""
 
     def __post_init__(self) -> None:
         for option in fields(self):

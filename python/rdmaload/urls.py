@@ -23,7 +23,7 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _SECRET_NAME = re.compile(r"pass|secret|token|credential|signature|(^|[_-])(key|sig|auth)($|[_-])", re.IGNORECASE)
-_NAMES_OF_SECRETS = ("password_file", "password_env")
+_NAMES_OF_SECRETS = ("password_file", "password_env", "client_key_file")
 
 _DEFAULT_PORTS = {"redis": 6379, "rediss": 6379, "valkey": 6379, "valkeys": 6379, "rdma": 6379}
 _REDIS_SCHEMES = frozenset(_DEFAULT_PORTS) | {
@@ -136,9 +136,11 @@ def parse_url(url: str | PathLike[str] | Url, *, require_model: bool = True) -> 
 
     path = ""
     if scheme.endswith("+unix"):
-        if authority:
+        if address:
             _refuse(text, f"names a host; write {scheme}:///path/of.sock?model=NAME")
         path, model = _decode(text, slash + path_text), query.pop("model", "")
+        if path in ("", "/"):
+            _refuse(text, f"names no socket; write {scheme}:///path/of.sock?model=NAME")
         host, port = None, None
     else:
         host, port = _parse_address(scheme, text, address)

@@ -23,7 +23,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for the packages tests.support and benchmarks
 
 from tests.support import checkpoints  # noqa: E402
-from tests.support.servers import RedisServer  # noqa: E402
+from tests.support.certificates import Authority  # noqa: E402
+from tests.support.servers import RedisServer, ServerError  # noqa: E402
 
 # How long what a module started may take to end; joining threads and closing sockets needs
 # milliseconds.
@@ -34,6 +35,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_cuda: needs an NVIDIA GPU and a torch that uses it")
     config.addinivalue_line("markers", "needs_rdma: needs an RDMA device")
     config.addinivalue_line("markers", "slow: takes seconds to minutes or gigabytes of memory")
+
+
+def _required() -> set[str]:
+    return {word.strip() for word in os.environ.get("RDMALOAD_REQUIRE", "").split(",")} - {""}
 
 
 @functools.cache
@@ -49,9 +54,9 @@ def _missing(hardware: str) -> str | None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    required = {word.strip() for word in os.environ.get("RDMALOAD_REQUIRE", "").split(",")} - {""}
-    if unknown := required - {"cuda", "rdma"}:
-        raise pytest.UsageError(f"RDMALOAD_REQUIRE: {', '.join(sorted(unknown))} is neither cuda nor rdma")
+    required = _required()
+    if unknown := required - {"cuda", "rdma", "valkey"}:
+        raise pytest.UsageError(f"RDMALOAD_REQUIRE: {', '.join(sorted(unknown))} is neither cuda nor rdma nor valkey")
     for hardware in ("cuda", "rdma"):
         if item.get_closest_marker(f"needs_{hardware}") is None:
             continue
@@ -66,9 +71,50 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def redis_server() -> Iterator[RedisServer]:
     """One redis-server for the whole run: use it with the `model` fixture, and never flush it."""
     with RedisServer() as server:
-        _session_descriptors.update(server.file_descriptors())
-        yield server
-        _session_descriptors.clear()
+        yield from _for_the_session(server)
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Whom the tests' TLS servers are certified by."""
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="session")
+def tls_server(authority: Authority) -> Iterator[RedisServer]:
+    """As redis_server, over TLS, for clients with a certificate."""
+    with RedisServer(tls=authority, tls_clients=True) as server:
+        yield from _for_the_session(server)
+
+
+@pytest.fixture(scope="session")
+def unix_server() -> Iterator[RedisServer]:
+    """As redis_server, on a unix socket."""
+    with RedisServer(unix=True) as server:
+        yield from _for_the_session(server)
+
+
+@pytest.fixture(scope="session")
+def valkey_server(authority: Authority) -> Iterator[RedisServer]:
+    """A valkey-server over TLS, where there is one."""
+    try:
+        server = RedisServer(tls=authority, executable="valkey-server")
+    except ServerError as err:
+        if "not found" not in str(err) or "valkey" in _required():
+            raise
+        pytest.skip(str(err))
+    with server:
+        yield from _for_the_session(server)
+
+
+def _for_the_session(server: RedisServer) -> Iterator[RedisServer]:
+    descriptors = server.file_descriptors()
+    _session_descriptors.update(descriptors)
+    yield server
+    _session_descriptors.difference_update(descriptors)
+
+
+_SERVERS = ("redis_server", "tls_server", "unix_server", "valkey_server")
 
 
 @pytest.fixture
@@ -77,8 +123,11 @@ def model(request: pytest.FixtureRequest) -> Iterator[str]:
     words = re.sub(r"[^A-Za-z0-9]+", "-", request.node.name).strip("-")[:60]
     name = f"{words}-{uuid.uuid4().hex[:8]}"
     yield name
-    if "redis_server" in request.fixturenames:
-        server: RedisServer = request.getfixturevalue("redis_server")
+    for fixture in _SERVERS:
+        # Those that were asked for by name in the course of the test are found in the end, too.
+        if fixture not in request.fixturenames and fixture not in request.node.funcargs:
+            continue
+        server: RedisServer = request.getfixturevalue(fixture)
         if server.running:
             with server.client() as client:
                 for keys in iter(lambda: list(client.scan_iter(f"{name}*", count=1000)), []):

@@ -18,7 +18,17 @@ from rdmaload.errors import FormatError, NotFoundError, NotSupportedError, Unava
 Open = Callable[[], KeyValueConnector]
 
 
-@pytest.fixture(params=["memory", "redis", "redis-resp3", "dynamodb"])
+SERVERS = {
+    "redis": "redis_server",
+    "redis-resp3": "redis_server",
+    "rediss": "tls_server",
+    "rediss-resp3": "tls_server",
+    "redis+unix": "unix_server",
+    "valkeys": "valkey_server",
+}
+
+
+@pytest.fixture(params=["memory", *SERVERS, "dynamodb"])
 def store_url(request: pytest.FixtureRequest, model: str) -> Iterator[str]:
     if request.param == "memory":
         yield f"memory://{model}/{model}"
@@ -26,8 +36,8 @@ def store_url(request: pytest.FixtureRequest, model: str) -> Iterator[str]:
     elif request.param == "dynamodb":
         yield f"dynamodb://{request.getfixturevalue('dynamodb_table')}/{model}"
     else:
-        protocol = "?protocol=3" if request.param == "redis-resp3" else ""
-        yield request.getfixturevalue("redis_server").url(model) + protocol
+        protocol = 3 if request.param.endswith("-resp3") else 2
+        yield request.getfixturevalue(SERVERS[request.param]).url(model, protocol=protocol)
 
 
 @pytest.fixture

@@ -38,6 +38,10 @@ def declare(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     [
         ("redis://127.0.0.1/m", RedisConnector),
         ("valkey://127.0.0.1/m", RedisConnector),
+        ("rediss://127.0.0.1/m", RedisConnector),
+        ("valkeys://127.0.0.1/m", RedisConnector),
+        ("redis+unix:///s.sock?model=m", RedisConnector),
+        ("valkey+unix:///s.sock?model=m", RedisConnector),
         ("memory://s/m", MemoryConnector),
         ("./m", LocalConnector),
         ("file:///m", LocalConnector),
@@ -52,9 +56,6 @@ def test_what_is_built_in(url: str | Path, cls: type) -> None:
 @pytest.mark.parametrize(
     ("url", "missing"),
     [
-        ("rediss://h/m", "TLS"),
-        ("valkeys://h/m", "TLS"),
-        ("redis+unix:///s.sock?model=m", "unix socket"),
         ("redis+cluster://h/m", "Cluster"),
         ("redis+sentinel://h/m", "Sentinel"),
         ("rdma://h/m", "RDMA"),

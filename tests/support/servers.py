@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import ssl
 import subprocess
 import tempfile
 import time
@@ -15,6 +16,8 @@ from urllib.parse import quote, urlencode
 
 if TYPE_CHECKING:
     import redis
+
+    from tests.support.certificates import Authority, Issued
 
 __all__ = ["RedisServer", "ServerError"]
 
@@ -28,6 +31,10 @@ class ServerError(RuntimeError):
 
 class RedisServer:
     """Runs redis-server on a free port of 127.0.0.1 (or on a unix socket) without persistence.
+
+    With `tls` it speaks TLS only, by a certificate of that authority (or `certificate`); with
+    `tls_clients` it wants one of its clients, and `client_certificate` is there to be shown.
+    `executable="valkey-server"` runs that.
 
     The port is held by a socket that never listens, so that nobody else gets it before the server
     starts and while it is down. `users` are ACL rules as in `users.acl` without the word user:
@@ -45,13 +52,19 @@ class RedisServer:
         maxmemory: str | int | None = None,
         maxmemory_policy: str | None = None,
         unix: bool = False,
+        tls: Authority | None = None,
+        certificate: Issued | None = None,
+        tls_clients: bool = False,
         host: str = "127.0.0.1",
         args: Iterable[str] = (),
         executable: str = "redis-server",
     ) -> None:
         found = shutil.which(executable)
         if found is None:
-            raise ServerError(f"{executable} not found: apt-get install redis-server")
+            raise ServerError(f"{executable} not found: apt-get install {Path(executable).name}")
+        self.family = "valkey" if "valkey" in executable else "redis"
+        self.tls = tls
+        self.client_certificate = tls.issue(names=("client",)) if tls is not None and tls_clients else None
         self.host = host
         self.port = 0
         self.password = password
@@ -69,6 +82,11 @@ class RedisServer:
             self._reservation.bind((host, 0))
             self.port = int(self._reservation.getsockname()[1])
             where = ["--port", str(self.port), "--bind", host]
+        if tls is not None:
+            issued = certificate or tls.issue()
+            where += ["--port", "0", "--tls-port", str(self.port), "--tls-auth-clients", "yes" if tls_clients else "no"]
+            where += ["--tls-cert-file", str(issued.cert_file), "--tls-key-file", str(issued.key_file)]
+            where += ["--tls-ca-cert-file", str(tls.ca_file)]
         self._command = [found, *where, "--save", "", "--appendonly", "no"]
         self._command += ["--dir", str(self.directory), "--daemonize", "no"]
         if password is not None:
@@ -106,8 +124,15 @@ class RedisServer:
             probe.settimeout(1)
             try:
                 probe.connect(str(self.path) if self.path else (self.host, self.port))
-                probe.sendall(b"PING\r\n")
-                return probe.recv(64).startswith((b"+PONG", b"-NOAUTH"))
+                if self.tls is None:
+                    return _pings(probe)
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                context.check_hostname = False
+                context.verify_mode = ssl.CERT_NONE  # a test's certificate may be bad on purpose
+                if self.client_certificate is not None:
+                    context.load_cert_chain(self.client_certificate.cert_file, self.client_certificate.key_file)
+                with context.wrap_socket(probe) as wrapped:
+                    return _pings(wrapped)
             except OSError:
                 return False
 
@@ -126,9 +151,16 @@ class RedisServer:
         """The url of `model` in this server, with the password and the options of `query`."""
         secret = f":{quote(self.password, safe='')}@" if self.password is not None else ""
         if self.path is not None:
-            return f"redis+unix://{secret}{self.path}?{urlencode({'model': model, **query})}"
+            return f"{self.family}+unix://{secret}{self.path}?{urlencode({'model': model, **query})}"
         host = f"[{self.host}]" if ":" in self.host else self.host
-        text = f"redis://{secret}{host}:{self.port}/{quote(model)}"
+        scheme = self.family
+        if self.tls is not None:
+            scheme += "s"
+            query = {"ca_file": self.tls.ca_file, **query}
+            if self.client_certificate is not None:
+                files = self.client_certificate
+                query = {"client_cert_file": files.cert_file, "client_key_file": files.key_file, **query}
+        text = f"{scheme}://{secret}{host}:{self.port}/{quote(model)}"
         return text + (f"?{urlencode(query)}" if query else "")
 
     def client(self, *, username: str | None = None, password: str | None = None) -> redis.Redis:
@@ -137,7 +169,14 @@ class RedisServer:
         from redis.backoff import NoBackoff
         from redis.retry import Retry
 
+        tls: dict[str, object] = {}
+        if self.tls is not None:
+            tls = {"ssl": True, "ssl_ca_certs": str(self.tls.ca_file), "ssl_cert_reqs": "none"}
+            if self.client_certificate is not None:
+                tls["ssl_certfile"] = str(self.client_certificate.cert_file)
+                tls["ssl_keyfile"] = str(self.client_certificate.key_file)
         return redis.Redis(
+            **tls,
             host=self.host,
             port=self.port,
             unix_socket_path=None if self.path is None else str(self.path),
@@ -189,3 +228,8 @@ class RedisServer:
     def __repr__(self) -> str:
         where = str(self.path) if self.path else f"{self.host}:{self.port}"
         return f"RedisServer({where}, {'running' if self.running else 'down'})"
+
+
+def _pings(probe: socket.socket) -> bool:
+    probe.sendall(b"PING\r\n")
+    return probe.recv(64).startswith((b"+PONG", b"-NOAUTH"))

@@ -15,6 +15,7 @@ from rdmaload.cli.output import count_text, seconds_text, size_text
 
 if TYPE_CHECKING:
     from rdmaload.connectors import FileConnector, KeyValueConnector
+    from rdmaload.connectors.redis import RedisConnector
 
 __all__ = ["store_checks"]
 
@@ -44,7 +45,9 @@ def _key_value(connector: KeyValueConnector) -> Iterator[Check]:
     connector.exists(probe)
     yield Check("connection", "ok", f"{connector.url} in {seconds_text(time.perf_counter() - started)}")
     yield _round_trip(connector, probe)
-    if connector.location.scheme in ("redis", "valkey"):
+    from rdmaload.connectors.redis import RedisConnector
+
+    if isinstance(connector, RedisConnector):
         yield from _server(connector)
     if connector.model:
         yield _model(connector)
@@ -71,8 +74,8 @@ def _round_trip(connector: KeyValueConnector, probe: str) -> Check:
     return Check("round trip", "ok", value)
 
 
-def _server(connector: KeyValueConnector) -> Iterator[Check]:
-    facts = _server_info(connector)
+def _server(connector: RedisConnector) -> Iterator[Check]:
+    facts = connector.server_info()
     if not facts:
         yield Check(
             "server",
@@ -127,33 +130,6 @@ def _memory(facts: dict[str, str]) -> Check:
 def _number(facts: dict[str, str], name: str) -> int:
     text = facts.get(name, "")
     return int(text) if text.isdecimal() else 0
-
-
-def _server_info(connector: KeyValueConnector) -> dict[str, str]:
-    """The server's INFO; empty for a user who may not read it."""
-    import redis
-
-    options, location = connector.options, connector.location
-    credentials = None
-    password = options.read_password(url=connector.url)
-    if password is not None or options.username is not None:
-        credentials = redis.UsernamePasswordCredentialProvider(options.username, password or "")
-    client = redis.Redis(
-        host=location.host or "localhost",
-        port=location.port or 6379,
-        db=options.db,
-        protocol=options.protocol,
-        credential_provider=credentials,
-        socket_connect_timeout=options.connect_timeout,
-        socket_timeout=options.inactivity_timeout,
-    )
-    with client:
-        try:
-            found = client.info()
-        except redis.RedisError:
-            return {}
-    assert isinstance(found, dict)
-    return {str(name): str(value) for name, value in found.items()}
 
 
 def _model(connector: KeyValueConnector) -> Check:

@@ -1,4 +1,4 @@
-"""Redis and Valkey servers over TCP, through redis-py, for everything but reading weights.
+"""Redis and Valkey servers over TCP, TLS or a unix socket, through redis-py, for everything but reading weights.
 
 Weights are read by the native transport; here are manifests, listings, saves and deletes. Values go
 to the socket from the caller's memory, one connection per thread that asks at the same time. A
@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import socket
+import ssl
 import threading
 import time
 import weakref
@@ -24,6 +25,13 @@ from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.retry import Retry
 
 from rdmaload.connectors.connector import KeyValueConnector
+from rdmaload.connectors.tls import (
+    check_tls_options,
+    failure_passes,
+    meaning_of_failure,
+    native_context,
+    python_context,
+)
 from rdmaload.errors import (
     AuthenticationError,
     FormatError,
@@ -44,6 +52,7 @@ __all__ = ["RedisConnector"]
 _log = logging.getLogger("rdmaload")
 
 _Result = TypeVar("_Result")
+_OsError = TypeVar("_OsError", bound=OSError)
 
 _SCAN_COUNT = 1000  # keys that the server looks at per SCAN: bounds how long it is busy with one
 _DELETE_BATCH = 1000
@@ -51,16 +60,15 @@ _FIRST_PAUSE = 0.02  # seconds before the second attempt: a restarted server is 
 _LONGEST_PAUSE = 1.0
 
 _MISSING_TRANSPORTS = {
-    "rediss": "the TLS transport",
-    "valkeys": "the TLS transport",
-    "redis+unix": "the unix socket transport",
-    "valkey+unix": "the unix socket transport",
     "redis+cluster": "the Redis Cluster connector",
     "valkey+cluster": "the Valkey Cluster connector",
     "redis+sentinel": "the Redis Sentinel connector",
     "valkey+sentinel": "the Valkey Sentinel connector",
     "rdma": "the RDMA transport",
 }
+
+
+_TLS_SCHEMES = ("rediss", "valkeys")
 
 
 class _Packer:
@@ -117,7 +125,8 @@ class _Sockets:
             return  # after a fork they are the parent's, too
         for sock in left:
             try:
-                sock.shutdown(socket.SHUT_RDWR)
+                # Not SSLSocket's own: under the feet of another thread it would turn TLS off.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
             except OSError:
                 continue  # closed already
 
@@ -125,18 +134,57 @@ class _Sockets:
 class _Connection(redis.Connection):
     """A connection whose socket `sockets` knows from its first byte on."""
 
-    def __init__(self, *, sockets: _Sockets, **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        sockets: _Sockets,
+        socket_path: str = "",
+        tls: ssl.SSLContext | None = None,
+        server_name: str | None = None,
+        **arguments: Any,
+    ) -> None:
         self._sockets = sockets
+        self._socket_path = socket_path
+        self._tls = tls
+        self._server_name = server_name
         super().__init__(**arguments)  # type: ignore[no-untyped-call]
 
     def _connect(self) -> socket.socket:
-        sock: socket.socket = super()._connect()  # type: ignore[no-untyped-call]
-        self._sockets.keep(sock)
+        sock = self._connect_unix() if self._socket_path else super()._connect()  # type: ignore[no-untyped-call]
+        try:
+            if self._tls is not None:
+                sock = self._tls.wrap_socket(
+                    sock, server_hostname=self._server_name or self.host, do_handshake_on_connect=False
+                )
+            self._sockets.keep(sock)
+            if isinstance(sock, ssl.SSLSocket):
+                sock.settimeout(self.socket_connect_timeout)
+                sock.do_handshake()
+                sock.settimeout(self.socket_timeout)
+        except BaseException:
+            sock.close()
+            raise
         return sock
+
+    def _connect_unix(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.settimeout(self.socket_connect_timeout)
+            sock.connect(self._socket_path)
+            sock.settimeout(self.socket_timeout)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def _host_error(self) -> str:
+        return self._socket_path or super()._host_error()  # type: ignore[no-untyped-call]
 
 
 class RedisConnector(KeyValueConnector):
     """A model in a Redis or Valkey server: `redis://[user:pass@]host[:6379]/model`.
+
+    `rediss://` is the same over TLS, `redis+unix:///path.sock?model=model` over a unix socket.
 
     >>> from rdmaload.urls import parse_url
     >>> with RedisConnector(parse_url("redis://127.0.0.1:6379/llama")) as connector:
@@ -149,9 +197,15 @@ class RedisConnector(KeyValueConnector):
         missing = _MISSING_TRANSPORTS.get(url.scheme)
         if missing is not None:
             raise NotSupportedError(
-                f"{self.url} needs {missing}, which this release does not have; redis:// and valkey:// (TCP) work",
+                f"{self.url} needs {missing}, which this release does not have; redis:// and valkey:// (TCP), "
+                "rediss:// and valkeys:// (TLS), redis+unix:// and valkey+unix:// work",
                 url=self.url,
             )
+        tls = url.scheme in _TLS_SCHEMES
+        family = url.scheme.partition("+")[0].removesuffix("s")
+        check_tls_options(self.options, url=self.url, tls=tls, write=f"{family}s://")
+        self._socket_path = url.path
+        self._tls = python_context(self.options, url=self.url) if tls else None
         self._password = self.options.read_password(url=self.url)
         self._host = url.host or "localhost"
         self._port = url.port or 6379
@@ -170,6 +224,9 @@ class RedisConnector(KeyValueConnector):
         pool = redis.ConnectionPool(
             connection_class=_Connection,
             sockets=self._sockets,
+            socket_path=self._socket_path,
+            tls=self._tls,
+            server_name=options.server_name,
             host=self._host,
             port=self._port,
             db=options.db,
@@ -208,6 +265,8 @@ class RedisConnector(KeyValueConnector):
             connect_timeout=options.connect_timeout,
             inactivity_timeout=options.inactivity_timeout,
             name=self.url,
+            socket_path=self._socket_path,
+            tls=None if self._tls is None else native_context(options, url=self.url),
         )
         return transport
 
@@ -269,6 +328,15 @@ class RedisConnector(KeyValueConnector):
     def members(self, key: str) -> AbstractSet[str]:
         names, _ = self._call(key, lambda: self._client.smembers(key))
         return {name.decode(errors="replace") for name in names}
+
+    def server_info(self) -> dict[str, str]:
+        """The server's INFO; empty for a user who may not read it."""
+        try:
+            answer, _ = self._call(None, lambda: self._client.info())
+        except (AuthenticationError, FormatError, UnavailableError) as err:
+            _log.debug("%s: INFO cannot be read: %s", self.url, err)
+            return {}
+        return {str(name): str(value) for name, value in answer.items()}
 
     def publish_warning(self, needed_bytes: int = 0) -> Sequence[str]:
         limit, used, policy = self._memory_settings()
@@ -343,6 +411,11 @@ class RedisConnector(KeyValueConnector):
 
     def _translated(self, failure: Exception, key: str | None, attempts: int) -> RdmaloadError:
         kind, advice = _meaning(failure)
+        if self._socket_path and kind is UnavailableError and _caused_by(failure, OSError):
+            advice = "check that the server runs, listens on this unix socket and that we may write to it"
+        elif not self._reached and (kind is LoadTimeoutError or _closed_at_once(failure)):
+            # A TLS port closes on plain text; a plain port waits for the rest of what it takes for a command.
+            advice += ", and that it is its TLS port" if self._tls else "; its TLS port needs rediss:// or valkeys://"
         place = f"{key} at {self.url}" if key else self.url
         tries = f" ({attempts} attempts)" if attempts > 1 else ""
         return kind(f"{place}: {self._text_of(failure)}{tries}: {advice}", url=self.url, key=key)
@@ -369,11 +442,19 @@ def _may_pass(failure: Exception) -> bool:
         return True
     if not isinstance(failure, (theirs.ConnectionError, theirs.TimeoutError, OSError)):
         return False
+    tls = _caused_by(failure, ssl.SSLError)
+    if tls is not None and not failure_passes(tls):
+        return False
     lookup = _caused_by(failure, socket.gaierror)
     return lookup is None or lookup.errno == socket.EAI_AGAIN
 
 
-def _caused_by(failure: BaseException | None, kind: type[OSError]) -> OSError | None:
+def _closed_at_once(failure: Exception) -> bool:
+    lost = isinstance(failure, theirs.ConnectionError) and _caused_by(failure, OSError) is None
+    return lost or _caused_by(failure, ConnectionResetError) is not None
+
+
+def _caused_by(failure: BaseException | None, kind: type[_OsError]) -> _OsError | None:
     while failure is not None:
         if isinstance(failure, kind):
             return failure
@@ -384,6 +465,9 @@ def _caused_by(failure: BaseException | None, kind: type[OSError]) -> OSError | 
 def _meaning(failure: Exception) -> tuple[type[RdmaloadError], str]:
     """Our class for a failure, and what to do about it. Order matters: redis-py's classes nest."""
     text = str(failure)
+    tls = _caused_by(failure, ssl.SSLError)
+    if tls is not None:
+        return meaning_of_failure(tls)
     if isinstance(failure, theirs.NoPermissionError):
         return (
             AuthenticationError,
