@@ -32,6 +32,7 @@ def test_this_machine_is_described(capsys: pytest.CaptureFixture[str]) -> None:
         "safetensors",
         "cpu",
         "crc32c",
+        "tls",
         "transparent huge pages",
         "memlock limit",
         "host memory",

@@ -16,6 +16,7 @@ from pathlib import Path
 from rdmaload import __version__
 from rdmaload.cli.checks import Check
 from rdmaload.cli.output import size_text
+from rdmaload.errors import NotSupportedError
 
 __all__ = ["host_checks"]
 
@@ -41,6 +42,7 @@ def host_checks() -> Iterator[Check]:
         yield _package(package)
     yield _processor()
     yield _checksums()
+    yield _tls()
     yield _huge_pages()
     yield _locked_memory()
     yield _host_memory()
@@ -93,6 +95,17 @@ def _checksums() -> Check:
             "checksums may limit loads on this processor; more connections spread them",
         )
     return Check("crc32c", "ok", value)
+
+
+def _tls() -> Check:
+    try:
+        from rdmaload import _core
+
+        return Check("tls", "ok", _core.tls_library())
+    except ImportError as err:
+        return Check("tls", "fail", f"the extension cannot be imported: {err}", "install rdmaload again")
+    except NotSupportedError as err:
+        return Check("tls", "warn", "not available", str(err))
 
 
 def _huge_pages() -> Check:
