@@ -415,7 +415,7 @@ class RedisConnector(KeyValueConnector):
             advice = "check that the server runs, listens on this unix socket and that we may write to it"
         elif not self._reached and (kind is LoadTimeoutError or _closed_at_once(failure)):
             # A TLS port closes on plain text; a plain port waits for the rest of what it takes for a command.
-            advice += ", and that it is its TLS port" if self._tls else "; its TLS port needs rediss:// or valkeys://"
+            advice += "; is this its TLS port?" if self._tls else "; its TLS port needs rediss:// or valkeys://"
         place = f"{key} at {self.url}" if key else self.url
         tries = f" ({attempts} attempts)" if attempts > 1 else ""
         return kind(f"{place}: {self._text_of(failure)}{tries}: {advice}", url=self.url, key=key)

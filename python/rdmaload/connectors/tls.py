@@ -21,6 +21,8 @@ from rdmaload.errors import (
 from rdmaload.options import Options
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from rdmaload._core import TlsContext
 
 __all__ = ["check_tls_options", "failure_passes", "meaning_of_failure", "native_context", "python_context"]
@@ -59,6 +61,7 @@ def python_context(options: Options, *, url: str) -> ssl.SSLContext:
         except OSError as err:
             raise AuthenticationError(f"{name}={path} for {url} cannot be read: {err.strerror}", url=url) from err
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.sslsocket_class = _Socket
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if not options.verify_tls:
         context.check_hostname = False
@@ -82,11 +85,37 @@ def python_context(options: Options, *, url: str) -> ssl.SSLContext:
 
         try:
             context.load_cert_chain(options.client_cert_file, options.client_key_file, password=refuse)
+        except AuthenticationError:  # an OSError as well
+            raise
         except OSError as err:
             raise AuthenticationError(
                 f"{names} for {url} is no certificate with its key in PEM: {err}", url=url
             ) from err
     return context
+
+
+class _Socket(ssl.SSLSocket):
+    """Tells why the peer refused us, where a failed send alone would only say that it is gone."""
+
+    def sendall(self, data: Buffer, flags: int = 0) -> None:
+        try:
+            super().sendall(data, flags)
+        except TimeoutError:
+            raise
+        except OSError:
+            self._raise_alert()
+            raise
+
+    def _raise_alert(self) -> None:
+        """Raise the alert that came before the end of the connection, if one did."""
+        try:
+            self.settimeout(1)  # nothing more comes on a connection that is gone
+            self.recv(1)
+        except ssl.SSLError as err:
+            if "ALERT" in (err.reason or ""):
+                raise
+        except OSError:
+            return
 
 
 def native_context(options: Options, *, url: str) -> TlsContext:
