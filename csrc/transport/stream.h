@@ -48,6 +48,7 @@ class Stream {
     return tls_ ? tls_->wait(readable, writable, milliseconds)
                 : socket_.wait(readable, writable, milliseconds);
   }
+  void set_low_water(int bytes) noexcept { tls_ ? tls_->set_low_water(bytes) : socket_.set_low_water(bytes); }
 
  private:
   Stream() = default;

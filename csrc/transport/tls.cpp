@@ -363,6 +363,8 @@ bool TlsStream::wait(bool readable, bool writable, int milliseconds) {
   return self.socket.wait(reads, writes, milliseconds);
 }
 
+void TlsStream::set_low_water(int bytes) noexcept { session_->socket.set_low_water(bytes); }
+
 std::string tls_library() { return openssl().OpenSSL_version(OPENSSL_VERSION); }
 
 }  // namespace rdmaload
@@ -395,6 +397,7 @@ TlsStream& TlsStream::operator=(TlsStream&&) noexcept = default;
 size_t TlsStream::try_send(std::span<const std::byte>) { refuse(); }
 size_t TlsStream::try_receive(std::span<iovec>) { refuse(); }
 bool TlsStream::wait(bool, bool, int) { refuse(); }
+void TlsStream::set_low_water(int) noexcept {}
 std::string tls_library() { refuse(); }
 
 }  // namespace rdmaload

@@ -62,6 +62,8 @@ class TlsStream {
   // peer ended the connection, whether with TLS's own end or, which its message says, without.
   size_t try_receive(std::span<iovec> vectors);
   bool wait(bool readable, bool writable, int milliseconds);
+  // In bytes as they come, which are a little more than those that they decrypt to.
+  void set_low_water(int bytes) noexcept;
 
  private:
   struct Session;

@@ -18,7 +18,7 @@ size_t bulk_header_bytes(uint64_t length) { return 1 + std::to_string(length).si
 
 Connection::Connection(const Endpoint& endpoint, const GiveUp& give_up)
     : endpoint_(endpoint),
-      socket_(Stream::connect({endpoint.host, endpoint.port, endpoint.socket_path}, endpoint.tls.get(),
+      stream_(Stream::connect({endpoint.host, endpoint.port, endpoint.socket_path}, endpoint.tls.get(),
                               Deadline::after(endpoint.connect_timeout), give_up)),
       last_activity_(Clock::now()),
       scratch_(kScratchBytes) {
@@ -60,7 +60,7 @@ Reply Connection::command(std::initializer_list<std::string_view> arguments, Dea
       return std::move(*reply);
     }
     std::array<std::byte, 4096> piece;
-    if (const size_t got = socket_.try_receive(piece); got > 0) {
+    if (const size_t got = stream_.try_receive(piece); got > 0) {
       in_.append(reinterpret_cast<const char*>(piece.data()), got);
       moved = true;
     }
@@ -71,7 +71,7 @@ Reply Connection::command(std::initializer_list<std::string_view> arguments, Dea
                                            ": the server accepted the connection but did not answer " +
                                            std::string(*arguments.begin()) + " in time");
     }
-    socket_.wait(true, out_sent_ < out_.size(), deadline.poll_milliseconds(kGiveUpPollMilliseconds));
+    stream_.wait(true, out_sent_ < out_.size(), deadline.poll_milliseconds(kGiveUpPollMilliseconds));
   }
 }
 
@@ -105,8 +105,8 @@ void Connection::turn(int milliseconds) {
   }
   // Woken for every packet, a thread spends more time on waking than on receiving. Values that turn out
   // shorter (errors) are seen when the wait ends.
-  socket_.set_low_water(unreceived_bytes() > 2 * kPieceBytes ? kPieceBytes : 1);
-  socket_.wait(true, out_sent_ < out_.size(), silent.poll_milliseconds(milliseconds));
+  stream_.set_low_water(unreceived_bytes() > 2 * kPieceBytes ? kPieceBytes : 1);
+  stream_.wait(true, out_sent_ < out_.size(), silent.poll_milliseconds(milliseconds));
 }
 
 // Payload bytes that are asked for and have not come.
@@ -149,7 +149,7 @@ void Connection::fail_all(const Status& first) noexcept {
 bool Connection::send_some() {
   bool moved = false;
   while (out_sent_ < out_.size()) {
-    const size_t sent = socket_.try_send(std::as_bytes(std::span(out_).subspan(out_sent_)));
+    const size_t sent = stream_.try_send(std::as_bytes(std::span(out_).subspan(out_sent_)));
     if (sent == 0) break;
     out_sent_ += sent;
     moved = true;
@@ -223,7 +223,7 @@ bool Connection::receive_header() {
     }
     std::array<std::byte, 64> piece;
     const size_t wanted = std::min(piece.size(), expected_bytes());
-    const size_t got = socket_.try_receive(std::span(piece).first(wanted));
+    const size_t got = stream_.try_receive(std::span(piece).first(wanted));
     if (got == 0) return moved;
     in_.append(reinterpret_cast<const char*>(piece.data()), got);
     moved = true;
@@ -244,7 +244,7 @@ void Connection::begin_payload() {
 bool Connection::receive_payload() {
   std::array<iovec, kVectors> vectors;
   const size_t count = cursor_.next(vectors, kPieceBytes, scratch_.span());
-  const size_t got = socket_.try_receive(std::span(vectors).first(count));
+  const size_t got = stream_.try_receive(std::span(vectors).first(count));
   if (got == 0) return false;
   size_t room = 0;
   for (size_t i = 0; i < count; ++i) room += vectors[i].iov_len;
@@ -259,7 +259,7 @@ bool Connection::receive_trailer() {
   while (in_.size() < kCrlf.size()) {
     std::array<std::byte, 64> piece;
     const size_t wanted = std::min(piece.size(), expected_bytes());
-    const size_t got = socket_.try_receive(std::span(piece).first(wanted));
+    const size_t got = stream_.try_receive(std::span(piece).first(wanted));
     if (got == 0) return moved;
     in_.append(reinterpret_cast<const char*>(piece.data()), got);
     moved = true;

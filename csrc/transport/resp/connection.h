@@ -68,7 +68,7 @@ class Connection {
   enum class State { kHeader, kPayload, kTrailer };
 
   const Endpoint& endpoint_;
-  Stream socket_;
+  Stream stream_;
   std::string out_;  // requests not yet sent
   size_t out_sent_ = 0;
   std::string in_;  // reply bytes outside of payloads: header lines, trailers, errors
