@@ -29,7 +29,17 @@ PYTHON_ORDER = [
     {"urls", "options", "weights", "manifest", "index"},
     {"connectors"},
     {"tensors", "host_memory", "threads", "generations", "reader", "report", "selection", "targets", "fill", "pull"}
-    | {"sources", "state_dict", "journal", "upload", "publish", "files_save"}
+    | {
+        "sglang_layout",
+        "sglang_source",
+        "_sglang_save",
+        "sources",
+        "state_dict",
+        "journal",
+        "upload",
+        "publish",
+        "files_save",
+    }
     | {"_save", "_prune", "model", "loading"},
     {"integrations", "cli"},
 ]

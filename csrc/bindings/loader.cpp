@@ -104,6 +104,17 @@ void register_loader(py::module_& module) {
             self.add_file(file, path, file_bytes, text);
           },
           py::arg("file"), py::arg("path"), py::arg("file_bytes"), py::arg("header"))
+      .def(
+          "add_single",
+          [](TensorIndex& self, uint32_t file, const std::string& path, uint64_t file_bytes,
+             const py::buffer& header, const std::string& stored_name, std::string name) {
+            const py::buffer_info info = header.request();
+            const std::string_view text(static_cast<const char*>(info.ptr),
+                                        static_cast<size_t>(info.size * info.itemsize));
+            self.add_single(file, path, file_bytes, text, stored_name, std::move(name));
+          },
+          py::arg("file"), py::arg("path"), py::arg("file_bytes"), py::arg("header"), py::arg("stored_name"),
+          py::arg("name"))
       .def("add_blocks", &TensorIndex::add_blocks, py::arg("file"), py::arg("file_bytes"),
            py::arg("block_bytes"))
       .def("__len__", [](const TensorIndex& self) { return self.tensors().size(); })
@@ -132,6 +143,7 @@ void register_loader(py::module_& module) {
       .def_property_readonly("region_bytes", [](const LoadPlan& self) { return self.region_bytes; })
       .def_readonly("wanted_bytes", &LoadPlan::wanted_bytes)
       .def_readonly("read_bytes", &LoadPlan::read_bytes)
+      .def_property_readonly("files", &LoadPlan::files)
       .def_property_readonly("reads", [](const LoadPlan& self) { return self.reads.size(); })
       .def_property_readonly("segments", [](const LoadPlan& self) { return self.segments.size(); })
       .def("placements", [](const LoadPlan& self) {

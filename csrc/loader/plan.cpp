@@ -173,6 +173,14 @@ void StoreLayout::validate() const {
   }
 }
 
+std::vector<uint32_t> LoadPlan::files() const {
+  std::vector<uint32_t> files;
+  for (const PlannedRead& read : reads) {  // those of one file follow each other
+    if (files.empty() || files.back() != read.file) files.push_back(read.file);
+  }
+  return files;
+}
+
 std::string LoadPlan::object_name(const StoreLayout& layout, const PlannedRead& read) const {
   const std::string& object = layout.files[read.file].object;
   return layout.object_per_chunk ? object + std::to_string(read.chunk) : object;

@@ -74,6 +74,8 @@ struct LoadPlan {
   uint64_t wanted_bytes = 0;  // bytes of the selected tensors
   uint64_t read_bytes = 0;    // what is asked of the store; read_bytes / wanted_bytes is the amplification
 
+  // The files that are read, each once, in order.
+  std::vector<uint32_t> files() const;
   std::string object_name(const StoreLayout& layout, const PlannedRead& read) const;
 };
 

@@ -7,17 +7,35 @@
 #include "core/error.h"
 
 namespace rdmaload {
+namespace {
 
-void TensorIndex::add_file(uint32_t file, const std::string& path, uint64_t file_bytes,
-                           std::string_view header) {
-  SafetensorsHeader parsed;
+SafetensorsHeader parse(const std::string& path, uint64_t file_bytes, std::string_view header) {
   try {
-    parsed = parse_safetensors_header(header, file_bytes);
+    return parse_safetensors_header(header, file_bytes);
   } catch (const Error& error) {
     throw Error(error.code(), "file '" + path + "': " + error.what());
   }
+}
+
+}  // namespace
+
+void TensorIndex::add_file(uint32_t file, const std::string& path, uint64_t file_bytes,
+                           std::string_view header) {
+  SafetensorsHeader parsed = parse(path, file_bytes, header);
   tensors_.reserve(tensors_.size() + parsed.tensors.size());
   for (TensorInfo& info : parsed.tensors) tensors_.push_back({std::move(info), file});
+}
+
+void TensorIndex::add_single(uint32_t file, const std::string& path, uint64_t file_bytes,
+                             std::string_view header, std::string_view stored_name, std::string name) {
+  SafetensorsHeader parsed = parse(path, file_bytes, header);
+  if (parsed.tensors.size() != 1 || parsed.tensors[0].name != stored_name) {
+    throw Error(ErrorCode::kFormat, "file '" + path + "' holds " + std::to_string(parsed.tensors.size()) +
+                                        " tensors, expected is one with the name '" +
+                                        std::string(stored_name) + "'");
+  }
+  parsed.tensors[0].name = std::move(name);
+  tensors_.push_back({std::move(parsed.tensors[0]), file});
 }
 
 void TensorIndex::add_blocks(uint32_t file, uint64_t file_bytes, uint64_t block_bytes) {

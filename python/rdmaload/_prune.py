@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from rdmaload import sglang_layout
 from rdmaload.connectors import KeyValueConnector, connector_for
 from rdmaload.connectors.connector import MODELS_KEY
 from rdmaload.connectors.registry import connector_class
@@ -40,6 +41,7 @@ _SAVING_KEY = re.compile(
     rf"{_HEX}/(?:claims/[0-9]+|journal/(?:all|[0-9]+)/{_HEX}|parts/[0-9]+))",
     re.ASCII,
 )
+_RANKED = re.compile(r"(.*?[^/])/keys/rank_0/.", re.DOTALL)  # SGLang's layout
 
 
 @dataclass
@@ -93,7 +95,7 @@ def remove(url: str | os.PathLike[str], *, options: Options | None = None, **opt
     """Remove a model with everything that saves left of it; the number of keys.
 
     The manifest goes first, so that nobody starts to read what disappears. A save that is under way
-    fails. Raises NotFoundError when there is nothing.
+    fails. A model in SGLang's layout is removed with its files. Raises NotFoundError when there is nothing.
     """
     with _key_value(url, options, opts) as connector:
         model = connector.model
@@ -108,9 +110,22 @@ def remove(url: str | os.PathLike[str], *, options: Options | None = None, **opt
             ("superseded", GENERATION_PATTERN),
         ):
             keys += delete_keys(connector, (key for key, _ in _keys(connector, name, pattern)))
+        keys += _remove_sglang(connector)
         if not keys:
             raise NotFoundError(f"there is no model at {connector.url}.", url=connector.url)
         return keys
+
+
+def _remove_sglang(connector: KeyValueConnector) -> int:
+    """Remove a model in SGLang's layout; how many keys it had."""
+    keys = sglang_layout.layout_keys(connector)
+    if not keys:
+        return 0
+    # From here on no reader opens it, and the next remove finds what one that died has left.
+    mark = sglang_layout.mark_key(connector.model, 0)
+    connector.set(mark, b"removing")
+    removed = delete_keys(connector, (key for key in keys if key != mark))
+    return removed + connector.delete(mark) - (mark not in keys)
 
 
 def models(
@@ -122,7 +137,7 @@ def models(
 ) -> list[str]:
     """The names of the models in the server of `url`, sorted; a model in the url is ignored.
 
-    Saves add to a list in the server. `scan` looks at every key instead and renews the list.
+    Saves add to a list in the server, SGLang's do not. `scan` looks at every key instead and renews the list.
     """
     location = parse_url(url, require_model=False)
     cls = connector_class(location.scheme)
@@ -132,8 +147,10 @@ def models(
             raise NotSupportedError(f"{connector.url} keeps no list of models", url=connector.url)
         listed = connector.members(MODELS_KEY)
         if not scan:
-            return sorted(name for name in listed if connector.exists(manifest_key(name)))
-        found = {name for name in _scan(connector) if _is_model(connector, name)}
+            return sorted(
+                name for name in listed if connector.exists(manifest_key(name)) or _has_ranks(connector, name)
+            )
+        found = {name for name, ranked in _scan(connector) if ranked or _is_model(connector, name)}
         for name in found.difference(listed):
             connector.members_add(MODELS_KEY, name)
         for name in set(listed) - found:
@@ -141,12 +158,20 @@ def models(
         return sorted(found)
 
 
-def _scan(connector: KeyValueConnector) -> Iterator[str]:
+def _has_ranks(connector: KeyValueConnector, name: str) -> bool:
+    return any(True for _ in connector.list(f"{name}/keys/rank_0/"))
+
+
+def _scan(connector: KeyValueConnector) -> Iterator[tuple[str, bool]]:
+    """Names that a key speaks for: by a manifest to look at, or by tensors in SGLang's layout (True)."""
     for key in connector.list(""):
+        ranked = _RANKED.match(key)
+        if ranked:
+            yield ranked[1], True
         name = key.removesuffix("/manifest")
         # A model's name has no segment "chunks": what looks like it is a generation's copy of its manifest.
         if name != key and "/chunks/" not in name:
-            yield name
+            yield name, False
 
 
 def _is_model(connector: KeyValueConnector, name: str) -> bool:

@@ -1,13 +1,41 @@
-"""Which generation of a model in a key-value store a url means: its manifest and its index."""
+"""Which model in a key-value store a url means: a generation of format 1, or values in SGLang's layout."""
 
 from __future__ import annotations
 
 from rdmaload.connectors.connector import KeyValueConnector
-from rdmaload.errors import FormatError, IntegrityError, NotFoundError, NotSupportedError, StaleGenerationError
+from rdmaload.errors import (
+    AuthenticationError,
+    FormatError,
+    IntegrityError,
+    NotFoundError,
+    NotSupportedError,
+    StaleGenerationError,
+)
 from rdmaload.index import Index, index_key
 from rdmaload.manifest import Manifest, generation_manifest_key, manifest_key
+from rdmaload.sglang_layout import find_index
 
-__all__ = ["resolve"]
+__all__ = ["resolve", "resolve_any"]
+
+
+def resolve_any(connector: KeyValueConnector) -> tuple[Manifest | None, Index]:
+    """As `resolve`; without a manifest, the index of a model in SGLang's layout. Raises NotFoundError without both.
+
+    A url that pins a generation or a manifest means format 1 only.
+    """
+    try:
+        return resolve(connector)
+    except _NoManifestError as error:
+        problem, key = str(error), error.key
+    if connector.options.generation is None and connector.options.manifest_sha256 is None:
+        try:
+            index = find_index(connector)
+        except AuthenticationError as error:
+            problem += f" (and whether SGLang has saved one there cannot be seen: {error})"
+        else:
+            if index is not None:
+                return None, index
+    raise NotFoundError(problem, url=connector.url, key=key)
 
 
 def resolve(connector: KeyValueConnector) -> tuple[Manifest, Index]:
@@ -27,6 +55,10 @@ def resolve(connector: KeyValueConnector) -> tuple[Manifest, Index]:
     raise AssertionError("unreachable")
 
 
+class _NoManifestError(NotFoundError):
+    """There is no model in format 1."""
+
+
 class _IndexGoneError(NotFoundError):
     """The manifest names an index that is not there."""
 
@@ -36,7 +68,7 @@ def _manifest(connector: KeyValueConnector) -> Manifest:
     key = manifest_key(model)
     value = connector.get(key)
     if value is None:
-        raise NotFoundError(f"there is no model at {url} (no key {key}); see `rdmaload ls`", url=url, key=key)
+        raise _NoManifestError(f"there is no model at {url} (no key {key}); see `rdmaload ls`", url=url, key=key)
     manifest = Manifest.decode(value, url=url, key=key)
     pinned = options.generation
     if pinned is not None and manifest.generation != pinned:

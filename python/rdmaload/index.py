@@ -100,6 +100,11 @@ class IndexFile:
     etag: str | None = None
     """Changes when the content does, in a store of plain files that has such a thing; not stored."""
 
+    key: str | None = None
+    """The value that is the whole file, in a key-value store that keeps it so; not stored."""
+    tensor: str | None = None
+    """What the only tensor of such a value is called, whatever its header says; not stored."""
+
     def chunk_count(self, chunk_bytes: int | None) -> int:
         """How many chunks the file has; 0 when it is empty or stored whole (`chunk_bytes=None`)."""
         return -(-self.size // chunk_bytes) if chunk_bytes else 0

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rdmaload import _core, host_memory
 from rdmaload.connectors.connector import Connector, FileConnector, KeyValueConnector
@@ -27,7 +27,7 @@ from rdmaload.errors import (
     RdmaloadError,
     UnavailableError,
 )
-from rdmaload.generations import resolve
+from rdmaload.generations import resolve_any
 from rdmaload.index import IndexFile, index_of_files
 from rdmaload.manifest import Manifest
 from rdmaload.reader import StoreReader
@@ -75,7 +75,7 @@ class Model:
         """What the last finished load, iteration or pull took."""
         self._manifest: Manifest | None = None
         if isinstance(connector, KeyValueConnector):
-            self._manifest, self._index = resolve(connector)
+            self._manifest, self._index = resolve_any(connector)
         elif isinstance(connector, FileConnector):
             if connector.options.generation is not None:
                 raise NotSupportedError(
@@ -140,8 +140,15 @@ class Model:
 
     @property
     def manifest(self) -> Manifest | None:
-        """What the writer said of the model; None for a store of plain files."""
+        """What the writer said of the model; None for a store of plain files and in SGLang's layout."""
         return self._manifest
+
+    @property
+    def store_layout(self) -> Literal["rdmaload", "sglang", "files"]:
+        """How the store keeps the model: format 1, the values that SGLang writes, or plain files."""
+        if self._manifest is not None:
+            return "rdmaload"
+        return "files" if isinstance(self._connector, FileConnector) else "sglang"
 
     @property
     def generation(self) -> str | None:

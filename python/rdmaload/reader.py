@@ -25,6 +25,7 @@ from rdmaload.errors import (
 )
 from rdmaload.index import Index
 from rdmaload.manifest import Manifest, manifest_key
+from rdmaload.sglang_layout import READ_BYTES, check_unchanged
 from rdmaload.stats import LoadStats
 
 __all__ = ["Batch", "StoreReader", "Tick"]
@@ -50,7 +51,7 @@ class Batch:
 
 
 class StoreReader:
-    """Plans and executes reads of the files of `index`; `generation` is None for a store of plain files."""
+    """Plans and executes reads of the files of `index`; `generation` is None but for a model in format 1."""
 
     def __init__(self, connector: Connector, index: Index, generation: str | None) -> None:
         self._connector = connector
@@ -65,12 +66,15 @@ class StoreReader:
                 url=connector.url,
             )
         self._verify = options.verify != "off" and bool(index.crcs)
-        if isinstance(connector, KeyValueConnector):
+        self._values = index.files if any(file.key is not None for file in index.files) else ()
+        if self._values:
+            files = [(file.key or "", file.size, 0) for file in index.files]
+        elif isinstance(connector, KeyValueConnector):
             prefix = f"{connector.model}/chunks/{generation}"
             files = [(f"{prefix}/{file.number}/", file.size, file.first_chunk) for file in index.files]
         else:
             files = [(file.path, file.size, file.first_chunk) for file in index.files]
-        chunked = isinstance(connector, KeyValueConnector)
+        chunked = isinstance(connector, KeyValueConnector) and not self._values
         self._layout = _core.StoreLayout(files, index.chunk_bytes or 0, chunked, index.crcs)
         self._lock = threading.Lock()
         self._transport: _core.Transport | None = None  # guarded by _lock
@@ -125,11 +129,22 @@ class StoreReader:
             def read_value(key: str, offset: int, buffer: memoryview) -> int:
                 return store.get_into(key, buffer)
 
+            def read_range(key: str, offset: int, buffer: memoryview) -> int:
+                data = store.get_range(key, offset, len(buffer))
+                buffer[: len(data)] = data
+                return len(data)
+
+            if self._values:
+                return _core.PythonTransport(read_range, max(options.connections, options.threads))
+
             return _core.PythonTransport(read_value, max(options.connections, options.threads))
         assert isinstance(connector, FileConnector)
         return _core.PythonTransport(connector.read_into, options.threads)
 
     def _limits(self) -> _core.PlanLimits:
+        if self._values:
+            share = max(1, self._connector.options.bytes_in_flight // self._connector.options.connections)
+            return _core.PlanLimits(whole_chunks=False, read_bytes=min(READ_BYTES, share))
         # A connector written in Python reads values whole.
         whole = self._verify or self.transport().path == "python"
         return _core.PlanLimits(whole_chunks=whole)
@@ -193,7 +208,7 @@ class StoreReader:
             if self._closed and type(error) is RdmaloadError:  # cancelled, by close()
                 raise self._closed_error() from None
             raise self._explained(error, operation.failed_object or None) from None
-        self._check_unchanged()
+        self._check_unchanged(batch.plan)
 
     def stream(
         self,
@@ -235,11 +250,14 @@ class StoreReader:
             for batch in ahead:
                 batch.operation.cancel()
 
-    def _check_unchanged(self) -> None:
-        """Raise IntegrityError when a plain file is another one than when the model was opened.
+    def _check_unchanged(self, plan: _core.LoadPlan) -> None:
+        """Raise IntegrityError when a plain file or value is another one than when the model was opened.
 
         What was read before and after a replacement does not belong together, and nothing else would show it.
         """
+        if self._values and isinstance(self._connector, KeyValueConnector):
+            check_unchanged(self._connector, [self._values[file] for file in plan.files])
+            return
         if not self._etags or not isinstance(self._connector, FileConnector):
             return
         now = {info.path: info.etag for info in self._connector.list_files()}
@@ -269,7 +287,10 @@ class StoreReader:
     def _explained(self, error: RdmaloadError, key: str | None) -> RdmaloadError:
         """The error with its url and key; for a missing chunk, which of the two reasons it is."""
         connector = self._connector
-        if isinstance(error, NotFoundError) and isinstance(connector, KeyValueConnector):
+        if self._values and isinstance(error, (NotFoundError, IntegrityError)):
+            kind = type(error)
+            error = kind(f"{error}: the value was replaced or removed while the model was read; open it again")
+        elif isinstance(error, NotFoundError) and isinstance(connector, KeyValueConnector):
             error = self._why_missing(connector, error, key)
         if isinstance(error, LoadTimeoutError) and key is None:  # the deadline of the whole, not of a connection
             timeout = connector.options.timeout

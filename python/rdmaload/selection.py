@@ -10,6 +10,7 @@ from rdmaload import _core
 from rdmaload.errors import FormatError
 from rdmaload.index import IndexFile
 from rdmaload.reader import Batch, StoreReader
+from rdmaload.sglang_layout import TENSOR_NAME
 from rdmaload.tensors import TensorSpec, export_tensor
 
 if TYPE_CHECKING:
@@ -45,9 +46,13 @@ class RankTensors:
         for position, file in files:
             assert file.header is not None
             try:
-                self.native.add_file(position, file.path, file.size, file.header)
+                if file.tensor is None:
+                    self.native.add_file(position, file.path, file.size, file.header)
+                else:
+                    where = file.key or file.path
+                    self.native.add_single(position, where, file.size, file.header, TENSOR_NAME, file.tensor)
             except FormatError as error:
-                raise FormatError(f"{url}: {error}", url=url, key=file.path) from None
+                raise FormatError(f"{url}: {error}", url=url, key=file.key or file.path) from None
             self.tied.update(file.tied)
         self.specs: list[TensorSpec] = []
         self.position: dict[str, int] = {}

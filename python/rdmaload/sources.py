@@ -28,7 +28,7 @@ from rdmaload.errors import (
     RdmaloadError,
     StaleGenerationError,
 )
-from rdmaload.generations import resolve
+from rdmaload.generations import resolve_any
 from rdmaload.index import Index, IndexFile, chunk_key, index_key, index_of_files
 from rdmaload.manifest import Manifest, manifest_key
 
@@ -428,7 +428,11 @@ def read_index(connector: KeyValueConnector, manifest: Manifest) -> Index:
 
 
 def _key_value_model(connector: KeyValueConnector) -> SourceModel:
-    manifest, index = resolve(connector)
+    manifest, index = resolve_any(connector)
+    if manifest is None:
+        from rdmaload.sglang_source import sglang_model
+
+        return sglang_model(connector, index)
     model = _PinnedModel(connector, manifest.generation, index, connector.options.max_integrity_attempts)
     return SourceModel(
         [_KeyValueFile(model, file) for file in index.files],

@@ -65,14 +65,18 @@ def _ls(args: argparse.Namespace) -> int:
     if issubclass(connector_class(location.scheme), FileConnector) or (location.model and not args.scan):
         try:
             with rdmaload.open(args.url, **opts) as model:  # type: ignore[arg-type]
-                files = model.files
+                files, store_layout = model.files, model.store_layout
         except rdmaload.NotFoundError as err:
             if not location.model:
                 raise
             missing = err
         else:
             rows = [(size_text(file.size), file.path) for file in files]
-            document = {"url": location.redacted, "files": [_file_json(file) for file in files]}
+            document: dict[str, object] = {
+                "url": location.redacted,
+                "store_layout": store_layout,
+                "files": [_file_json(file) for file in files],
+            }
             write_result(args.json, document, columns(rows, right=1))
             return 0
     names = rdmaload.models(args.url, scan=args.scan, **opts)  # type: ignore[arg-type]
@@ -142,6 +146,7 @@ def _description(
     chunks = sum(file.chunk_count(chunk_bytes) for file in model.files)
     return {
         "url": model.url,
+        "store_layout": model.store_layout,
         "kind": model.kind,
         "world_size": model.world_size,
         "generation": model.generation,
@@ -180,12 +185,16 @@ def _info_lines(document: Mapping[str, object]) -> list[str]:
     kind = str(document["kind"])
     if kind == "sharded":
         kind += f" over {count_text(number('world_size'), 'rank')}"
+    stored_as = {"rdmaload": "format 1", "sglang": "SGLang's layout: one value per tensor", "files": "plain files"}
     chunks = "none: plain files, without checksums"
+    if document["store_layout"] == "sglang":
+        chunks = "none: whole values, without checksums"
     if document["chunk_bytes"] is not None:
         chunks = f"{number('chunks'):,} of {number('chunk_bytes'):,} bytes, with CRC32C"
     tied = f", {number('tied')} of them tied" if document["tied"] else ""
     rows = [
         ("url", str(document["url"])),
+        ("stored as", stored_as[str(document["store_layout"])]),
         ("kind", kind),
         ("generation", str(document["generation"] or "-")),
         ("created", str(document["created"] or "-")),

@@ -74,6 +74,7 @@ def _rm(args: argparse.Namespace) -> int:
 def _what_is_there(url: str, opts: dict[str, object]) -> str:
     from rdmaload.connectors import KeyValueConnector, connector_for
     from rdmaload.errors import FormatError, IntegrityError, NotSupportedError
+    from rdmaload.sglang_layout import layout_keys
     from rdmaload.sources import read_manifest
 
     with connector_for(url, **opts) as connector:  # type: ignore[arg-type]
@@ -83,6 +84,9 @@ def _what_is_there(url: str, opts: dict[str, object]) -> str:
             manifest = read_manifest(connector)
         except (FormatError, IntegrityError):
             return "its manifest is damaged"
+        keys = layout_keys(connector) if manifest is None else []
+    if keys:
+        return f"{count_text(len(keys), 'value')} in SGLang's layout"
     if manifest is None:
         return "not published; what saves left"
     return f"{count_text(manifest.files, 'file')}, {size_text(manifest.bytes)}"

@@ -172,6 +172,22 @@ class KeyValueConnector(Connector):
         target[: len(value)] = value
         return len(value)
 
+    def peek(self, keys: Sequence[str], length: int) -> Sequence[tuple[int, bytes]]:
+        """Size in bytes and first `length` bytes of each value; (0, b"") where there is none.
+
+        A store that can do it without sending whole values overrides this, and `get_range`.
+        """
+        values = [self.get(key) or b"" for key in keys]
+        return [(len(value), value[:length]) for value in values]
+
+    def get_range(self, key: str, offset: int, length: int) -> bytes:
+        """At most `length` bytes of a value from byte `offset` on: fewer at its end, none without one."""
+        return (self.get(key) or b"")[offset : offset + length]
+
+    def value_limit(self) -> int:
+        """Bytes of the longest value that the store takes as it is set up now."""
+        return self.max_value_bytes
+
     def delete_prefix(self, prefix: str) -> int:
         """Remove every key that starts with `prefix`; how many there were."""
         removed = 0

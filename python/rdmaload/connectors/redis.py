@@ -286,6 +286,38 @@ class RedisConnector(KeyValueConnector):
         count, _ = self._call(key, lambda: self._client.exists(key))
         return bool(count)
 
+    def peek(self, keys: Sequence[str], length: int) -> Sequence[tuple[int, bytes]]:
+        if not keys:
+            return []
+
+        def run() -> Sequence[Any]:
+            pipeline = self._client.pipeline(transaction=False)
+            for key in keys:
+                pipeline.strlen(key)
+                pipeline.getrange(key, 0, length - 1)
+            answers: Sequence[Any] = pipeline.execute()
+            return answers
+
+        answers, _ = self._call(keys[0], run)
+        return [(int(size), bytes(head)) for size, head in zip(answers[::2], answers[1::2], strict=True)]
+
+    def get_range(self, key: str, offset: int, length: int) -> bytes:
+        value, _ = self._call(key, lambda: self._client.getrange(key, offset, offset + length - 1))
+        return bytes(value)
+
+    def value_limit(self) -> int:
+        """The server's proto-max-bulk-len; 512 MiB, its default, where we may not ask."""
+        try:
+            answer, _ = self._call(None, lambda: self._client.config_get("proto-max-bulk-len"))
+        except (AuthenticationError, UnavailableError, FormatError) as err:
+            _log.debug("%s: proto-max-bulk-len cannot be read: %s", self.url, err)
+            return self.max_value_bytes
+        for value in answer.values():
+            text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+            if text.isdecimal():
+                self.max_value_bytes = int(text)
+        return self.max_value_bytes
+
     def list(self, prefix: str) -> Iterator[str]:
         self._check_open()
         pattern = re.sub(r"([\\*?\[\]])", r"\\\1", prefix) + "*"

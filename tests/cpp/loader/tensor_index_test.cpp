@@ -43,6 +43,30 @@ TEST_CASE("a bad header is refused with the file's path and leaves the index as 
   CHECK(index.tensors().size() == 1);
 }
 
+TEST_CASE("a file of one tensor gives it under another name, and any other content is refused") {
+  TensorIndex index;
+  const std::string one = testing::safetensors_header({10}), two = testing::safetensors_header({10, 4});
+  index.add_single(2, "key", 8 + one.size() + 10, one, "t0", "layer.weight");
+  REQUIRE(index.tensors().size() == 1);
+  CHECK(index.tensors()[0].info.name == "layer.weight");
+  CHECK(index.tensors()[0].info.begin == 8 + one.size());
+  CHECK(index.tensors()[0].file == 2);
+  const auto refused = [&](const std::string& header, uint64_t data_bytes, std::string_view stored_name) {
+    try {
+      index.add_single(3, "m/keys/rank_0/w", 8 + header.size() + data_bytes, header, stored_name, "w");
+    } catch (const Error& error) {
+      return error.code() == ErrorCode::kFormat &&
+             std::string(error.what()).find("m/keys/rank_0/w") != std::string::npos;
+    }
+    return false;
+  };
+  CHECK(refused(two, 14, "t0"));
+  CHECK(refused(one, 10, "t1"));
+  CHECK(refused(one, 11, "t0"));
+  CHECK(refused("{}", 0, "t0"));
+  CHECK(index.tensors().size() == 1);
+}
+
 TEST_CASE("a file without tensors is divided into blocks, the last one shorter") {
   TensorIndex index;
   index.add_blocks(0, 10, 4);
