@@ -29,17 +29,8 @@ PYTHON_ORDER = [
     {"urls", "options", "weights", "manifest", "index"},
     {"connectors"},
     {"tensors", "host_memory", "threads", "generations", "reader", "report", "selection", "targets", "fill", "pull"}
-    | {
-        "sglang_layout",
-        "sglang_source",
-        "_sglang_save",
-        "sources",
-        "state_dict",
-        "journal",
-        "upload",
-        "publish",
-        "files_save",
-    }
+    | {"sources", "state_dict", "journal", "upload", "publish", "files_save"}
+    | {"sglang_layout", "sglang_source", "sglang_state", "_sglang_save"}
     | {"_save", "_prune", "model", "loading"},
     {"integrations", "cli"},
 ]

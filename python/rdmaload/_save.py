@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from rdmaload._sglang_save import SglangSave
 from rdmaload.connectors import FileConnector, KeyValueConnector, connector_for
 from rdmaload.connectors.local import LocalConnector
 from rdmaload.errors import (
@@ -35,6 +36,7 @@ from rdmaload.journal import SAVE_ID, SaveKeys, encode_part
 from rdmaload.manifest import GENERATION_PATTERN, Manifest, utc_now
 from rdmaload.options import Options
 from rdmaload.publish import Publisher
+from rdmaload.sglang_state import engine_state
 from rdmaload.sources import SourceModel, directory_model, read_index, stored_model
 from rdmaload.stats import Progress, SaveStats
 from rdmaload.upload import Overtaken, Upload
@@ -89,6 +91,8 @@ def save(
     config.json last; weight files at its root that the new model lacks are then removed.
 
     Args:
+        layout: "sglang" writes what SGLang's own Redis connector loads (docs/format.md): no checksums, no resuming,
+            one value per tensor, and while a model is replaced there is none.
         overwrite: False refuses to replace a model that exists.
         chunk_bytes: bytes per value in a key-value store; None: the source's, or 2^20 - 4096.
         progress: called with a Progress in this thread about ten times a second.
@@ -101,19 +105,35 @@ def save(
     NotSupportedError for tensors that safetensors cannot hold, LoadTimeoutError after `timeout`,
     and what the stores raise. Nothing is published then.
     """
-    _check_arguments(rank, world_size, save_id)
-    if layout != "rdmaload":
-        raise NotSupportedError(f"layout={layout!r} cannot be written; use layout='rdmaload'")
+    _check_arguments(rank, world_size, save_id, layout)
+    if layout == "sglang" and (save_id is not None or chunk_bytes is not None):
+        raise ValueError("layout='sglang' resumes nothing and has no chunks: leave out save_id and chunk_bytes")
     started = time.perf_counter()
     if chunk_bytes is not None:
         opts["chunk_bytes"] = chunk_bytes
     with connector_for(url, options, **opts) as connector:
-        model = _source_model(source, rank, world_size)
+        if layout == "sglang" and not isinstance(connector, KeyValueConnector):
+            raise NotSupportedError(
+                f"{connector.url} keeps files: layout='sglang' is for Redis and Valkey", url=connector.url
+            )
+        model = _source_model(source, rank, world_size, layout)
         try:
             model.check_weights()
             watch = _Watch(model, connector.options.timeout, progress, started, connector.url)
             watch.stages["plan"] = time.perf_counter() - started
-            if isinstance(connector, KeyValueConnector):
+            if isinstance(connector, KeyValueConnector) and layout == "sglang":
+                values = SglangSave(
+                    connector,
+                    model,
+                    rank,
+                    overwrite=overwrite,
+                    keep_aliases=not isinstance(source, (str, os.PathLike)),
+                    tick=watch.tick,
+                    stages=watch.stages,
+                )
+                with _Deadline(watch, values.interrupt):
+                    stats = values.run()
+            elif isinstance(connector, KeyValueConnector):
                 attempt = _KeyValueSave(connector, model, rank, save_id, overwrite=overwrite, watch=watch)
                 with _Deadline(watch, attempt.interrupt):
                     stats = attempt.run()
@@ -132,8 +152,9 @@ def save(
                 raise TypeError(f"{connector!r} is neither a key-value nor a file connector")
         finally:
             model.close()
-    stats.bytes = model.bytes
-    stats.files = len(model.files)
+    if layout == "rdmaload":  # else they were counted by value
+        stats.bytes = model.bytes
+        stats.files = len(model.files)
     stats.path = _PATHS.get(connector.location.scheme, "python")
     stats.stages = watch.stages
     stats.seconds = time.perf_counter() - started
@@ -141,21 +162,23 @@ def save(
     return stats
 
 
-def _check_arguments(rank: int | None, world_size: int | None, save_id: str | None) -> None:
+def _check_arguments(rank: int | None, world_size: int | None, save_id: str | None, layout: str) -> None:
+    if layout not in ("rdmaload", "sglang"):
+        raise NotSupportedError(f"layout={layout!r} cannot be written; there are 'rdmaload' and 'sglang'")
     if (rank is None) != (world_size is None):
         raise ValueError("rank and world_size go together")
     if rank is not None and world_size is not None and not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not one of 0 to {world_size - 1} (world_size {world_size})")
     if save_id is not None and not SAVE_ID.fullmatch(save_id):
         raise ValueError(f"save_id {save_id[:200]!r} is not 1 to 128 of A-Z a-z 0-9 . _ -")
-    if save_id is None and world_size is not None and world_size > 1:
+    if layout == "rdmaload" and save_id is None and world_size is not None and world_size > 1:
         raise ValueError(
             "a sharded save needs a save_id that all its ranks share and no other save has: "
             "it is what keeps two saves at once from being mixed"
         )
 
 
-def _source_model(source: object, rank: int | None, world_size: int | None) -> SourceModel:
+def _source_model(source: object, rank: int | None, world_size: int | None, layout: str) -> SourceModel:
     if isinstance(source, (str, os.PathLike)):
         location = parse_url(source)
         connector = connector_for(location)
@@ -172,11 +195,12 @@ def _source_model(source: object, rank: int | None, world_size: int | None) -> S
         return model
     from rdmaload.state_dict import state_dict_model
 
-    if isinstance(source, Mapping):
-        return state_dict_model(source, rank=rank, world_size=world_size)
     state_dict = getattr(source, "state_dict", None)
-    if callable(state_dict):
-        return state_dict_model(state_dict(), rank=rank, world_size=world_size)
+    if not isinstance(source, Mapping) and callable(state_dict):
+        source = state_dict()
+    if isinstance(source, Mapping):
+        state = engine_state(source) if layout == "sglang" else source
+        return state_dict_model(state, rank=rank, world_size=world_size)
     raise TypeError(f"cannot save a {type(source).__name__}: give a directory, a state dict, a module or a url")
 
 

@@ -143,6 +143,10 @@ class StoreReader:
 
     def _limits(self) -> _core.PlanLimits:
         if self._values:
+            connector = self._connector
+            assert isinstance(connector, KeyValueConnector)
+            if type(connector).get_range is KeyValueConnector.get_range:  # each range would cost the whole value
+                return _core.PlanLimits(whole_chunks=False, read_bytes=1 << 62)
             share = max(1, self._connector.options.bytes_in_flight // self._connector.options.connections)
             return _core.PlanLimits(whole_chunks=False, read_bytes=min(READ_BYTES, share))
         # A connector written in Python reads values whole.

@@ -48,7 +48,7 @@ COMPLETE = b"complete "
 
 RANK_KEY = re.compile(r"keys/rank_(0|[1-9][0-9]{0,8})/(.+)", re.ASCII | re.DOTALL)
 _FILE_KEY = re.compile(r"files/([^/]+)", re.DOTALL)
-_MARK_KEY = re.compile(r"saving/sglang/rank_(?:0|[1-9][0-9]{0,8})", re.ASCII)
+_MARK_KEY = re.compile(r"saving/sglang/rank_(0|[1-9][0-9]{0,8})", re.ASCII)
 
 _PEEK_KEYS = 500  # per pipeline: its replies, at most a quarter of a MiB, are held by the server until they are sent
 _PEEK_BYTES = 512  # a header of one tensor takes 60 to 200
@@ -89,19 +89,9 @@ def find_index(connector: KeyValueConnector) -> Index | None:
     Costs one listing of the store's keys and one pipelined look at the beginning of each value. Raises FormatError for
     values that are no such tensors and for missing ranks, UnavailableError while a save of ours is under way.
     """
-    ranks, names = _listed(connector)
-    if not ranks:
-        return None
+    ranks, names, marked = _listed(connector)
     url, model = connector.url, connector.model
-    missing = set(range(len(ranks))) - ranks.keys()
-    if missing:
-        raise FormatError(
-            f"{url}: SGLang's layout has ranks {', '.join(map(str, sorted(ranks)[:8]))} but none of rank "
-            f"{min(missing)}: a save is under way or died. Save every rank again",
-            url=url,
-            key=tensor_key(model, min(missing), ""),
-        )
-    marks = _marks(connector, sorted(ranks))
+    marks = _marks(connector, sorted(ranks.keys() | marked))
     for rank, mark in marks.items():
         if mark is not None and not mark.startswith(COMPLETE):
             raise UnavailableError(
@@ -110,6 +100,16 @@ def find_index(connector: KeyValueConnector) -> Index | None:
                 url=url,
                 key=mark_key(model, rank),
             )
+    if not ranks:
+        return None
+    missing = set(range(len(ranks))) - ranks.keys()
+    if missing:
+        raise FormatError(
+            f"{url}: SGLang's layout has ranks {', '.join(map(str, sorted(ranks)[:8]))} but none of rank "
+            f"{min(missing)}: a save is under way or died. Save every rank again",
+            url=url,
+            key=tensor_key(model, min(missing), ""),
+        )
     _log.warning(
         "%s is in SGLang's layout, which has neither checksums nor an atomic publish: what is read cannot be verified",
         url,
@@ -155,11 +155,12 @@ def check_unchanged(connector: KeyValueConnector, files: Iterable[IndexFile]) ->
             )
 
 
-def _listed(connector: KeyValueConnector) -> tuple[dict[int, list[str]], list[str]]:
-    """Names of tensors by rank, and names of files; keys of any other form are not ours to judge."""
+def _listed(connector: KeyValueConnector) -> tuple[dict[int, list[str]], list[str], set[int]]:
+    """Names of tensors by rank, names of files, ranks with a note; keys of any other form are not ours to judge."""
     prefix = f"{connector.model}/"
     ranks: dict[int, list[str]] = {}
     files: list[str] = []
+    marked: set[int] = set()
     misplaced = None
     count = 0
     for key in connector.list(prefix):
@@ -169,6 +170,8 @@ def _listed(connector: KeyValueConnector) -> tuple[dict[int, list[str]], list[st
             ranks.setdefault(int(tensor[1]), []).append(tensor[2])
         elif file:
             files.append(file[1])
+        elif mark := _MARK_KEY.fullmatch(key, len(prefix)):
+            marked.add(int(mark[1]))
         else:
             misplaced = misplaced or (key if key.startswith("/keys/rank_", len(prefix)) else None)
             continue
@@ -187,7 +190,7 @@ def _listed(connector: KeyValueConnector) -> tuple[dict[int, list[str]], list[st
             url=connector.url,
             key=misplaced,
         )
-    return ranks, files
+    return ranks, files, marked
 
 
 def _marks(connector: KeyValueConnector, ranks: Sequence[int]) -> dict[int, bytes | None]:

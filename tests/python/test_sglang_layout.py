@@ -9,9 +9,11 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+import safetensors.torch
 import torch
 
 import rdmaload
+from rdmaload.connectors import registry
 from rdmaload.connectors.memory import MemoryConnector
 from rdmaload.errors import (
     AuthenticationError,
@@ -408,21 +410,27 @@ def test_a_copy_is_a_model_like_any_other(client, redis_server, redis_url, model
     assert not (tmp_path / "model.safetensors.index.json").exists()
 
 
-def test_a_value_that_changes_while_it_is_copied_ends_the_copy(client, redis_server, redis_url, model):
-    write_rank(client, model, 0, {"w": torch.zeros(1_000_000), "x": torch.zeros(2_000_000)})
-    copy = redis_server.url(f"{model}-copy")
-    done = []
+class _Changing(MemoryConnector):
+    """A store in which a value grows when the first range of another is read."""
 
-    def change(progress: rdmaload.Progress) -> None:
-        if not done:
-            done.append(progress)
-            write_rank(client, model, 0, {"x": torch.zeros(2_000_001)})
+    def get_range(self, key: str, offset: int, length: int) -> bytes:
+        found = super().get_range(key, offset, length)
+        if self.model == "source" and key.endswith("/w"):
+            other = "source/keys/rank_0/x"
+            self.set(other, (self.get(other) or b"") + b"more")
+        return found
 
+
+def test_a_value_that_changes_while_it_is_copied_ends_the_copy(monkeypatch):
+    monkeypatch.setitem(registry._registered, "changing", _Changing)
+    with _Changing(parse_url("changing://sglang/source")) as connector:
+        for name in ("w", "x"):
+            content = safetensors.torch.save({"tensor_bytes": torch.zeros(50_000)})
+            connector.set(f"source/keys/rank_0/{name}", content)
     with pytest.raises(IntegrityError, match="changed or removed while"):
-        rdmaload.save(redis_url, copy, progress=change, connections=1)
-    assert done
+        rdmaload.save("changing://sglang/source", "changing://sglang/copy")
     with pytest.raises(NotFoundError):
-        rdmaload.open(copy)
+        rdmaload.open("changing://sglang/copy")
 
 
 def test_remove_takes_every_key_of_the_model_and_no_other(client, redis_server, redis_url, model):

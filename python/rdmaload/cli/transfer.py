@@ -58,6 +58,12 @@ def _register_save(commands: Commands) -> None:
         metavar="ID",
         help="a name that all ranks of one save share and no other save has, such as step-900",
     )
+    save.add_argument(
+        "--layout",
+        choices=("rdmaload", "sglang"),
+        default="rdmaload",
+        help="sglang: values that SGLang's own Redis connector loads, without checksums (default: rdmaload)",
+    )
     save.add_argument("--no-overwrite", action="store_true", help="fail when there is a model already")
     save.add_argument(
         "--chunk-bytes",
@@ -83,6 +89,7 @@ def _save(args: argparse.Namespace) -> int:
             rank=args.rank,
             world_size=args.world_size,
             save_id=args.save_id,
+            layout=args.layout,
             overwrite=not args.no_overwrite,
             chunk_bytes=args.chunk_bytes,
             progress=progress,
@@ -90,7 +97,7 @@ def _save(args: argparse.Namespace) -> int:
         )
     sent = stats.bytes - stats.skipped_bytes
     lines = [
-        f"saved {count_text(stats.files, 'file')} to {shown}",
+        f"saved {count_text(stats.files, 'file' if args.layout == 'rdmaload' else 'value')} to {shown}",
         f"  sent       {amount_text(sent, stats.seconds)} by {stats.path}",
     ]
     if stats.skipped_bytes:
@@ -117,7 +124,9 @@ def _check_save(args: argparse.Namespace) -> None:
         raise UsageError(f"--rank {args.rank} is not one of 0 to {args.world_size - 1}")
     if args.rank is not None and parse_url(args.source).scheme != "file":
         raise UsageError("a model that is copied keeps its ranks: leave out --rank and --world-size")
-    if args.save_id is None and (args.world_size or 1) > 1:
+    if args.layout == "sglang" and (args.save_id is not None or args.chunk_bytes is not None):
+        raise UsageError("--layout sglang resumes nothing and has no chunks: leave out --save-id and --chunk-bytes")
+    if args.layout == "rdmaload" and args.save_id is None and (args.world_size or 1) > 1:
         raise UsageError("several ranks need a --save-id that they share and no other save has")
     if args.save_id is not None and not SAVE_ID.fullmatch(args.save_id):
         raise UsageError(f"--save-id {args.save_id[:200]!r} is not 1 to 128 of A-Z a-z 0-9 . _ -")
