@@ -257,6 +257,18 @@ TEST_CASE("an empty selection and a selection of empty tensors read nothing") {
   }
 }
 
+TEST_CASE("a plan names each file that it reads, once") {
+  Model model;
+  model.add_file({100, 200}, 1);
+  model.add_file({0}, 2);
+  model.add_file({300}, 3);
+  PlanLimits limits;
+  limits.read_bytes = 50;
+  const LoadPlan plan = plan_into_arenas(model.index, model.layout, all_of(model), limits);
+  CHECK(plan.reads.size() > 2);
+  CHECK(plan.files() == std::vector<uint32_t>{0, 2});
+}
+
 TEST_CASE("neighbours that stay neighbours are one segment of one read") {
   Model model;
   model.add_blocks(64 * 10, 64, 1);
