@@ -347,8 +347,8 @@ def test_wrong_arguments(url: str, arguments: dict[str, object]) -> None:
 def test_wrong_sources(source: Path, url: str) -> None:
     with pytest.raises(TypeError, match="int"):
         save(3, url)  # type: ignore[arg-type]
-    with pytest.raises(NotSupportedError, match="sglang"):
-        save({"a": torch.ones(1)}, url, layout="sglang")
+    with pytest.raises(NotSupportedError, match="other"):
+        save({"a": torch.ones(1)}, url, layout="other")  # type: ignore[arg-type]
     with pytest.raises(NotFoundError):
         save(f"{url}-missing", url)
     with pytest.raises(NotFoundError):
