@@ -125,6 +125,11 @@ class Model:
         return self._index.files
 
     @property
+    def chunk_bytes(self) -> int | None:
+        """Bytes per chunk, which has one checksum; None for plain files."""
+        return self._index.chunk_bytes
+
+    @property
     def kind(self) -> str:
         """ "checkpoint" (every rank reads all of it) or "sharded" (each rank has its own files)."""
         if self._manifest is not None:

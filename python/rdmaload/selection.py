@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ __all__ = ["Patterns", "RankTensors", "as_patterns", "is_selected", "placed_tens
 
 Patterns = str | Sequence[str] | None
 
+_WILD = re.compile(r"[*?[]")
 # A window is read in this many parts, so that reading goes on while the first is consumed.
 _WINDOW_PARTS = 4
 
@@ -28,6 +30,16 @@ def as_patterns(patterns: Patterns) -> list[str] | None:
     if patterns is None:
         return None
     return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def _divided(patterns: list[str] | None) -> tuple[frozenset[str], list[str] | None]:
+    """Patterns that only match themselves, and the others: thousands of names need no search for each tensor."""
+    if patterns is None:
+        return frozenset(), None
+    return (
+        frozenset(pattern for pattern in patterns if not _WILD.search(pattern)),
+        [pattern for pattern in patterns if _WILD.search(pattern)],
+    )
 
 
 def is_selected(name: str, include: list[str] | None, exclude: list[str] | None) -> bool:
@@ -74,13 +86,18 @@ class RankTensors:
 
     def select(self, include: Patterns, exclude: Patterns) -> tuple[list[int], dict[int, list[str]]]:
         """Positions to read in file order, and the names that each is delivered under."""
-        include, exclude = as_patterns(include), as_patterns(exclude)
+        wanted, include = _divided(as_patterns(include))
+        unwanted, exclude = _divided(as_patterns(exclude))
+
+        def chosen(name: str) -> bool:
+            return name not in unwanted and is_selected(name, None if name in wanted else include, exclude)
+
         names: dict[int, list[str]] = {}
         for position, spec in enumerate(self.specs):
-            if is_selected(spec.name, include, exclude):
+            if chosen(spec.name):
                 names.setdefault(position, []).append(spec.name)
         for alias, name in self.tied.items():
-            if is_selected(alias, include, exclude):
+            if chosen(alias):
                 names.setdefault(self.position[name], []).append(alias)
         return sorted(names), names
 

@@ -83,6 +83,7 @@ def add_command(
     help: str,
     description: str,
     examples: Sequence[str],
+    prints: str = "",
 ) -> Parser:
     """A command with the options that all of them have."""
     text = "examples:\n" + "\n".join(f"  {example}" for example in examples)

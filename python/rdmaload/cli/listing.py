@@ -10,7 +10,6 @@ from rdmaload.cli.arguments import Commands, add_command, add_url, options_of
 from rdmaload.cli.output import columns, count_text, printable, size_text, write_result
 
 if TYPE_CHECKING:
-    from rdmaload.connectors import Connector
     from rdmaload.index import IndexFile
     from rdmaload.model import Model
     from rdmaload.tensors import TensorSpec
@@ -92,32 +91,17 @@ def _ls(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from rdmaload.connectors import connector_for
-    from rdmaload.model import Model
+    import rdmaload
 
-    with (
-        connector_for(args.url, **options_of(args)) as connector,  # type: ignore[arg-type]
-        Model(connector) as model,
-    ):
-        chunk_bytes = _chunk_bytes(connector, model)
+    with rdmaload.open(args.url, **options_of(args)) as model:  # type: ignore[arg-type]
         tensors = _tensors(model)
-        document = _description(model, tensors, chunk_bytes)
+        document = _description(model, tensors)
         lines = _info_lines(document)
         if args.tensors:
             document["tensor_list"] = [_tensor_json(rank, spec) for rank, spec in tensors]
             lines += ["", *columns(_tensor_row(spec) for _, spec in tensors)]
     write_result(args.json, document, lines)
     return 0
-
-
-def _chunk_bytes(connector: Connector, model: Model) -> int | None:
-    """Bytes per chunk; None for plain files."""
-    from rdmaload.connectors import KeyValueConnector
-    from rdmaload.sources import read_index
-
-    if not isinstance(connector, KeyValueConnector) or model.manifest is None:
-        return None
-    return read_index(connector, model.manifest).chunk_bytes
 
 
 def _tensors(model: Model) -> list[tuple[int | None, TensorSpec]]:
@@ -133,16 +117,14 @@ def _tensors(model: Model) -> list[tuple[int | None, TensorSpec]]:
     return [(rank, spec) for (rank, _), spec in found.items()]
 
 
-def _description(
-    model: Model, tensors: list[tuple[int | None, TensorSpec]], chunk_bytes: int | None
-) -> dict[str, object]:
+def _description(model: Model, tensors: list[tuple[int | None, TensorSpec]]) -> dict[str, object]:
     dtypes: dict[str, dict[str, int]] = {}
     aliases = {(file.rank, alias) for file in model.files for alias in file.tied}
     for rank, spec in tensors:
         entry = dtypes.setdefault(spec.dtype, {"tensors": 0, "bytes": 0})
         entry["tensors"] += 1
         entry["bytes"] += 0 if (rank, spec.name) in aliases else spec.nbytes
-    manifest = model.manifest
+    manifest, chunk_bytes = model.manifest, model.chunk_bytes
     chunks = sum(file.chunk_count(chunk_bytes) for file in model.files)
     return {
         "url": model.url,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rdmaload import __version__
-from rdmaload.cli import doctor, listing, removal, transfer
+from rdmaload.cli import bench, doctor, listing, removal, transfer
 from rdmaload.cli.arguments import Parser, add_verbosity, option_names
 
 __all__ = ["make_parser"]
@@ -44,6 +44,6 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(
         metavar="COMMAND", dest="command", required=True, parser_class=Parser, title="commands"
     )
-    for group in (transfer, listing, removal, doctor):
+    for group in (transfer, listing, removal, doctor, bench):
         group.register(commands)
     return parser

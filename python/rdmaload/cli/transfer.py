@@ -23,7 +23,7 @@ from rdmaload.cli.progress import progress_bar
 if TYPE_CHECKING:
     from rdmaload.stats import LoadStats
 
-__all__ = ["register"]
+__all__ = ["import_torch", "register"]
 
 
 def register(commands: Commands) -> None:
@@ -163,7 +163,7 @@ def _load(args: argparse.Namespace) -> int:
 
     if args.against is not None and "://" in args.against:
         raise UsageError("--against takes a local directory")
-    _import_torch()
+    import_torch()
     stats = LoadStats()
     compared: int | None = None
     with rdmaload.open(args.url, **options_of(args)) as model:  # type: ignore[arg-type]
@@ -198,7 +198,7 @@ def _load(args: argparse.Namespace) -> int:
     return 0
 
 
-def _import_torch() -> None:
+def import_torch() -> None:
     """Seconds that are no part of a load."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that numpy is missing, which nothing here needs

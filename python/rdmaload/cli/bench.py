@@ -1,0 +1,127 @@
+"""bench: how fast this machine and a store are, piece by piece, which piece limits a load, and what to set."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from rdmaload.cli.arguments import Commands, add_command, add_url, options_of, size, whole_number
+from rdmaload.cli.output import columns, count_text, size_text, write_result
+from rdmaload.cli.progress import progress_bar
+
+__all__ = ["register"]
+
+_DEFAULT_BYTES = 10**9
+
+
+def register(commands: Commands) -> None:
+    """Add the command of this module."""
+    bench = add_command(
+        commands,
+        "bench",
+        _bench,
+        help="measure where the limit of a load is: store, network, memory",
+        description="Measure the pieces of a load one by one and say which is the limit and what to set: fresh and "
+        "touched memory, the checksum, a stream over loopback (for a store on this machine), the store over several "
+        "numbers of connections into memory that is there already, and a whole load. Files are measured warm, from the "
+        "page cache. Each is repeated; the median is shown with the lowest and the highest. The store is only read.",
+        prints="One line per measurement in decimal GB/s, then the limit in words, then advice; with --json the same "
+        "as one document: url, bytes, repeat, cpus, measurements, round_trip_seconds, limit (store, network, distance, "
+        "memory, checksum, cpu, or sample when the model is too small to say), verdict, advice, load.",
+        examples=[
+            "rdmaload bench redis://10.0.0.5/llama",
+            "rdmaload bench redis://10.0.0.5/llama --connections 1,2,8 --repeat 5",
+            "rdmaload bench /models/llama --bytes 4GB --json",
+        ],
+    )
+    add_url(bench)
+    bench.add_argument("--rank", type=whole_number, metavar="N", help="the rank of a sharded model to read")
+    bench.add_argument(
+        "--bytes",
+        type=size,
+        default=_DEFAULT_BYTES,
+        metavar="SIZE",
+        help="how much to read of the model at most; twice as much memory is used (default: 1GB)",
+    )
+    bench.add_argument(
+        "--repeat", type=_positive, default=3, metavar="N", help="how often to measure everything (default: 3)"
+    )
+    bench.add_argument(
+        "--connections",
+        type=_counts,
+        default=(1, 2, 4),
+        metavar="N,N,...",
+        help="numbers of connections (for files: threads) to compare; the one that is set is measured as well "
+        "(default: 1,2,4)",
+    )
+
+
+def _positive(text: str) -> int:
+    value = whole_number(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[0-9]{1,4}(,[0-9]{1,4})*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1,2,4")
+    counts = tuple(sorted({int(number) for number in text.split(",")}))
+    if counts[0] < 1 or counts[-1] > 1024:
+        raise argparse.ArgumentTypeError("connections are 1 to 1024")
+    return counts
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from rdmaload.cli.bench_store import Bench
+    from rdmaload.cli.transfer import import_torch
+    from rdmaload.cli.verdict import judge
+    from rdmaload.urls import parse_url
+
+    import_torch()
+    with progress_bar(args, "bench") as progress:
+        bench = Bench(
+            parse_url(args.url),
+            options_of(args),
+            rank=args.rank,
+            nbytes=args.bytes,
+            repeat=args.repeat,
+            connections=args.connections,
+            progress=progress,
+        )
+        result = bench.run()
+    found = result.findings
+    verdict = judge(found)
+    noun = "connection" if found.kind == "server" else "thread"
+    figures = [
+        (found.fresh, f"first touch; huge pages: {found.huge_pages or 'unknown'}"),
+        (found.small_pages, "first touch of 4 KiB pages"),
+        (found.touched, "copy out of the cache"),
+        *((figure, figure.note) for figure in (found.checksum, found.stream) if figure is not None),
+        *((figure, "as set" if count == found.configured else "") for count, figure in sorted(found.store.items())),
+        (found.load, f"{result.stats.path}, {'verified' if result.stats.verified_bytes else 'not verified'}"),
+    ]
+    names = {figure.name: f"store, {count_text(count, noun)}" for count, figure in found.store.items()}
+    rows = [(f"  {names.get(figure.name, figure.name)}", figure.text(), note) for figure, note in figures]
+    lines = [
+        f"{result.url}: {size_text(found.sample_bytes)} of {size_text(result.model_bytes)}, "
+        f"{count_text(args.repeat, 'round')}, {count_text(found.cpus, 'CPU')}",
+        *columns(rows),
+    ]
+    if found.round_trip is not None:
+        lines.append(f"  round trip {found.round_trip * 1000:.2f} ms, {size_text(found.bytes_in_flight)} in flight")
+    lines += [verdict.text, *(f"  - {advice}" for advice in verdict.advice)]
+    document: dict[str, object] = {
+        "url": result.url,
+        "bytes": found.sample_bytes,
+        "repeat": args.repeat,
+        "cpus": found.cpus,
+        "measurements": [{**figure.to_json(), "note": note} for figure, note in figures],
+        "round_trip_seconds": found.round_trip,
+        "limit": verdict.limit,
+        "verdict": verdict.text,
+        "advice": list(verdict.advice),
+        "load": result.stats.to_json(),
+    }
+    write_result(args.json, document, lines)
+    return 0
