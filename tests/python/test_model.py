@@ -498,6 +498,18 @@ def test_a_filtered_load_does_not_need_the_other_files(
             opened.load()
 
 
+def test_a_name_and_a_pattern_may_look_alike() -> None:
+    # What has wildcards is a pattern, also when a tensor is called so; the others only match themselves.
+    source = {name: torch.zeros(1) for name in ("a[0]", "a0", "b", "B")}
+    rdmaload.save(source, "memory://literal/m")
+    with rdmaload.open("memory://literal/m") as opened:
+        assert set(opened.load(include=["a[0]", "b"])) == {"a0", "b"}
+        assert set(opened.load(include="a[[]0]")) == {"a[0]"}
+        assert set(opened.load(include=["b", "a*"], exclude=["b", "a[[]*"])) == {"a0"}
+        assert set(opened.load(exclude=["b", "B"])) == {"a[0]", "a0"}
+        assert set(opened.load(include=["b", "B"], exclude="[B]")) == {"b"}
+
+
 @pytest.mark.parametrize("verify", ["auto", "off"])
 def test_a_filter_picks_pieces_of_chunks(redis_url: str, tmp_path: Path, verify: str) -> None:
     # Many small tensors in each chunk, every third wanted: unselected bytes go nowhere.

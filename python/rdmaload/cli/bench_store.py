@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Bench", "Result"]
 
 _ROUND_TRIPS = 20
+_LEAST_BYTES = 16 << 20  # of what is measured without the store, however small the model
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _CONGESTION = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 
@@ -85,9 +86,7 @@ class Bench:
             model = stack.enter_context(Model(connector))
             names, sample_bytes = self._sample(model)
             # The tensors that are read into stay; beside them there is one load, or the fresh memory.
-            host_memory.require(
-                sample_bytes + max(sample_bytes, self._nbytes), limit=connector.options.max_host_bytes, url=model.url
-            )
+            host_memory.require(2 * sample_bytes, limit=connector.options.max_host_bytes, url=model.url)
             # Also brings a file into the page cache: what is measured here is warm.
             scratch = model.load(rank=self._rank, include=names, stats=self._stats)
             kind = self._kind()
@@ -159,10 +158,11 @@ class Bench:
         from rdmaload._core import crc32c_implementation
 
         unix = self._location.scheme.endswith("+unix")
-        nbytes = self._nbytes
+        nbytes = max(sample_bytes, _LEAST_BYTES)
+        workers = max(1, min(self._stats.connections, len(os.sched_getaffinity(0))))
         notes = {"checksum": f"one core, {crc32c_implementation()}", "load": self._stats.path}
         works: dict[str, Callable[[], float]] = {
-            "fresh memory": lambda: rates.fresh_rate(nbytes),
+            "fresh memory": lambda: rates.fresh_rate(nbytes, workers),
             "fresh memory, small pages": lambda: rates.small_page_rate(nbytes),
             "touched memory": lambda: rates.touched_rate(nbytes),
             "checksum": lambda: rates.checksum_rate(nbytes),

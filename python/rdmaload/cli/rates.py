@@ -13,6 +13,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ __all__ = ["Figure", "checksum_rate", "fresh_rate", "small_page_rate", "stream_r
 
 ARENA_BYTES = 256 << 20  # as the arenas of a load
 _SOURCE_BYTES = 2 << 20  # stays in a cache, as what a socket has just received does
+_TOUCH_BYTES = 16 << 20  # per thread and turn
 _PIECE_BYTES = 256 << 10  # what a load hands to the checksum at a time
 _STREAM_BYTES = 1 << 20  # per send and receive
 _STALL_SECONDS = 30.0  # a stream within one process that stands so long is broken
@@ -63,17 +65,23 @@ def _address(memory: HostArena | mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
-def fresh_rate(nbytes: int) -> float:
+def fresh_rate(nbytes: int, threads: int) -> float:
     """Memory that the system must find and clear first, as a load's destination is; huge pages where allowed."""
     from rdmaload._core import HostArena
 
     arenas = []  # kept: memory given back could be had again at once
-    begin = time.perf_counter()
-    for done in range(0, nbytes, ARENA_BYTES):
-        arena = HostArena(min(ARENA_BYTES, nbytes - done))
-        ctypes.memset(_address(arena), 1, arena.nbytes)
-        arenas.append(arena)
-    return nbytes / (time.perf_counter() - begin)
+    with ThreadPoolExecutor(threads, thread_name_prefix="bench-memory") as pool:
+        begin = time.perf_counter()
+        for done in range(0, nbytes, ARENA_BYTES):
+            arenas.append(HostArena(min(ARENA_BYTES, nbytes - done)))
+        pieces = [
+            (_address(arena) + done, min(_TOUCH_BYTES, arena.nbytes - done))
+            for arena in arenas
+            for done in range(0, arena.nbytes, _TOUCH_BYTES)
+        ]
+        for _ in pool.map(lambda piece: ctypes.memset(piece[0], 1, piece[1]), pieces):
+            pass
+        return nbytes / (time.perf_counter() - begin)
 
 
 def small_page_rate(nbytes: int) -> float:

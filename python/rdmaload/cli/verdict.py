@@ -14,6 +14,8 @@ __all__ = ["Findings", "Limit", "Verdict", "judge"]
 Limit = Literal["store", "network", "distance", "memory", "checksum", "cpu", "sample"]
 
 _REACHES = 0.8  # of a stage's rate alone: a load that runs so fast is limited by that stage
+_OUTRAN = 1.15  # times its rate: more than noise
+_STEADY = 1.5  # times the slowest: beyond that the median is a matter of luck
 _SAME = 0.85  # of what it contains: the outer one is as good as the limit
 _GAIN = 1.1  # less than a tenth is not worth a setting, and within the noise
 _ENOUGH_SAMPLE_BYTES = 50e6  # below this, connecting and planning are what is timed
@@ -33,6 +35,7 @@ class Findings:
     configured: int
     """Connections, or threads, that the load used; a key of `store`."""
     fresh: Figure
+    """Over as many threads as the load has."""
     small_pages: Figure
     touched: Figure
     cpus: int
@@ -88,6 +91,11 @@ def _best(found: Findings) -> int:
     return max(found.store, key=lambda count: found.store[count].median)
 
 
+def _scales(found: Findings) -> bool:
+    """Whether more connections are faster than few."""
+    return found.store[_best(found)].median >= _GAIN * found.store[min(found.store)].median
+
+
 def _limit(found: Findings) -> tuple[Limit, str, float]:
     """Which it is, what to call it, and its rate alone."""
     store = found.store[found.configured].median
@@ -98,7 +106,9 @@ def _limit(found: Findings) -> tuple[Limit, str, float]:
     if found.checksum is not None:
         workers = max(1, min(found.configured, found.cpus))
         rates.append(("checksum", "the checksum", found.checksum.median * workers))
-    limit, subject, rate = min(rates, key=lambda entry: entry[2])
+    # What a load outran is not its limit: it was slower only while it was measured.
+    possible = [entry for entry in rates if entry[2] * _OUTRAN >= found.load.median]
+    limit, subject, rate = min(possible, key=lambda entry: entry[2]) if possible else max(rates, key=lambda e: e[2])
     if found.load.median < _REACHES * rate:
         stages = "receiving, fresh memory and checksums" if found.checksum is not None else "reading and fresh memory"
         return "cpu", stages, rate
@@ -116,19 +126,25 @@ def _store_side(found: Findings, store: float) -> tuple[Limit, str]:
         return "network", f"the network device ({size_text(found.link)}/s)"
     if found.stream is not None and store > _SAME * found.stream.median:
         return "network", "loopback, which carries no more in one stream,"
-    fewest = found.store[min(found.store)].median
-    if found.store[_best(found)].median < _GAIN * fewest and len(found.store) > 1:
-        return "store", "the store's single thread"
-    return "store", "the store"
+    return "store", "the store" if _scales(found) or len(found.store) == 1 else "the store's single thread"
 
 
 def _advice(found: Findings, limit: Limit) -> Iterator[str]:
+    loads = found.load.samples
+    if max(loads) > _STEADY * min(loads):
+        yield (
+            f"loads ran at {_gb(min(loads))} to {_gb(max(loads))} GB/s: raise --repeat, or wait until the machine (or "
+            "the host of this virtual one) does nothing else"
+        )
     best = _best(found)
     now, then = found.store[found.configured], found.store[best]
-    # More than the spread of what is set now, or it may be chance.
-    if then.median > _GAIN * now.median and min(then.samples) > now.median:
+    # Its worst must beat the best of what is set now, or it may be chance.
+    if then.median > _GAIN * now.median and min(then.samples) > max(now.samples):
         name = "threads" if found.kind != "server" else "connections"
-        yield f"set {name}={best}: the store gave {_gb(then.median)} GB/s with it, {_gb(now.median)} with {found.configured}"
+        yield (
+            f"set {name}={best}: the store gave {_gb(then.median)} GB/s with it, {_gb(now.median)} with "
+            f"{found.configured}"
+        )
     if limit == "distance" and found.round_trip:
         target = found.link or found.fresh.median
         wanted = max(2 * found.bytes_in_flight, int(_ROUND_TRIPS_IN_FLIGHT * found.round_trip * target))
@@ -138,7 +154,7 @@ def _advice(found: Findings, limit: Limit) -> Iterator[str]:
         )
     low, high = _CHUNK_BYTES
     if found.kind == "server" and found.chunk_bytes is not None and not low <= found.chunk_bytes <= high:
-        yield f"save the model again with the default chunk size: chunks of {size_text(found.chunk_bytes)} are slow to send"
+        yield f"save the model again with the default chunk size: {size_text(found.chunk_bytes)} are slow to send"
     if found.stream is not None and found.congestion_control == "bbr":
         yield "let the store's machine use cubic or reno: bbr paces what stays on one machine"
     if found.huge_pages == "never":
@@ -151,9 +167,5 @@ def _advice(found: Findings, limit: Limit) -> Iterator[str]:
         yield "raise connections: each has a thread that verifies; verify=off gives speed for safety"
     if found.kind == "python":
         yield "a native transport (native_transport() of the connector) reads without Python"
-    if (
-        limit == "store"
-        and found.kind == "server"
-        and found.store[best].median < _GAIN * found.store[min(found.store)].median
-    ):
+    if limit == "store" and found.kind == "server" and not _scales(found):
         yield "more connections do not help: several servers, or one with io-threads, would"

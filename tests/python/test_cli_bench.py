@@ -1,0 +1,242 @@
+"""`rdmaload bench`: its verdict on made-up figures, and its report on real stores."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rdmaload
+from rdmaload.cli import main
+from rdmaload.cli.bench_store import _is_local
+from rdmaload.cli.rates import Figure
+from rdmaload.cli.verdict import Findings, judge
+from rdmaload.connectors.memory import forget_store
+from rdmaload.urls import parse_url
+from tests.support.checkpoints import Checkpoint
+from tests.support.fault_proxy import FaultProxy
+from tests.support.faults import Stall
+from tests.support.servers import RedisServer
+
+SMALL = ("--bytes", "2MB", "--repeat", "2")
+
+
+def figure(*gb_per_s: float) -> Figure:
+    return Figure("x", tuple(rate * 1e9 for rate in gb_per_s))
+
+
+# A server on this machine that sends 3 GB/s whatever the connections, and a load that nearly reaches that.
+FOUND = Findings(
+    kind="server",
+    sample_bytes=10**9,
+    load=figure(2.8),
+    store={1: figure(3.0), 2: figure(3.0), 4: figure(3.1)},
+    configured=2,
+    fresh=figure(8.0),
+    small_pages=figure(2.0),
+    touched=figure(15.0),
+    cpus=8,
+    checksum=figure(20.0),
+    stream=figure(6.0),
+    round_trip=0.0001,
+    bytes_in_flight=4 << 20,
+    chunk_bytes=1044480,
+    huge_pages="madvise",
+    congestion_control="cubic",
+)
+
+
+def judged(**changes: Any) -> tuple[str, str, str]:
+    verdict = judge(dataclasses.replace(FOUND, **changes))
+    return verdict.limit, verdict.text, "\n".join(verdict.advice)
+
+
+def test_a_single_thread_that_a_load_keeps_busy() -> None:
+    limit, text, advice = judged()
+    assert limit == "store"
+    assert text == "the store's single thread is the limit: a load ran at 2.8 of 3.0 GB/s"
+    assert "connections=" not in advice
+    assert "io-threads" in advice
+
+
+def test_connections_that_help_are_advised_only_when_that_is_no_chance() -> None:
+    faster = {1: figure(1.6), 2: figure(2.9, 3.0, 3.1), 4: figure(4.0, 4.1, 4.2)}
+    limit, text, advice = judged(store=faster)
+    assert (limit, text.split(" is ")[0]) == ("store", "the store")
+    assert "set connections=4: the store gave 4.1 GB/s with it, 3.0 with 2" in advice
+    assert "io-threads" not in advice
+    overlapping = faster | {4: figure(3.05, 4.1, 4.2)}
+    assert "connections=" not in judged(store=overlapping)[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit", "words", "advice"),
+    [
+        ({"stream": figure(3.1)}, "network", "loopback", ""),
+        ({"stream": None, "link": 3.1e9}, "network", "3.1 GB/s", ""),
+        ({"round_trip": 0.0013, "stream": None}, "distance", "1.30 ms", "set bytes_in_flight=20MiB"),
+        ({"fresh": figure(2.9)}, "memory", "fresh memory", "load_into()"),
+        ({"checksum": figure(1.45)}, "checksum", "the checksum", "verify=off"),
+        ({"load": figure(1.5), "cpus": 2}, "cpu", "share 2 CPUs", "more than 2 CPUs"),
+        ({"load": figure(1.5), "cpus": 16}, "cpu", "share 16 CPUs", ""),
+        ({"kind": "files", "stream": None, "chunk_bytes": None}, "store", "reading the files", ""),
+        ({"kind": "python"}, "store", "Python code", "native_transport()"),
+        ({"sample_bytes": 10**6}, "sample", "too little", ""),
+        ({"huge_pages": "never"}, "store", "single thread", "echo madvise"),
+        ({"congestion_control": "bbr"}, "store", "single thread", "cubic or reno"),
+        ({"chunk_bytes": 16 << 20}, "store", "single thread", "default chunk size"),
+        ({"load": figure(1.0, 2.8, 2.9)}, "store", "single thread", "raise --repeat"),
+    ],
+)
+def test_what_limits_and_what_to_do(changes: dict[str, Any], limit: str, words: str, advice: str) -> None:
+    verdict = judged(**changes)
+    assert verdict[0] == limit
+    assert words in verdict[1]
+    assert advice in verdict[2]
+
+
+def test_what_a_load_outran_is_not_its_limit() -> None:
+    limit, text, _ = judged(fresh=figure(1.0))
+    assert limit == "store"
+    assert "2.8 of 3.0" in text
+    assert "as fast as that alone (2.7)" in judged(fresh=figure(2.7))[1]
+
+
+def test_advice_is_for_what_is_in_the_way() -> None:
+    assert "cubic" not in judged(congestion_control="bbr", stream=None)[2]
+    assert "chunk size" not in judged(kind="files", chunk_bytes=None)[2]
+    assert "bytes_in_flight" not in judged(round_trip=0.0005)[2]
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["bench", *arguments, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    document = json.loads(out)
+    assert isinstance(document, dict)
+    return document
+
+
+def test_a_store_is_measured_and_not_written_to(
+    redis_url: str, redis_server: RedisServer, tiny_checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rdmaload.save(tiny_checkpoint.directory, redis_url)
+    with redis_server.client() as client:
+        before = {key: client.dump(key) for key in client.scan_iter("*")}
+        document = run_json(capsys, redis_url, *SMALL, "--connections", "1,3")
+        assert {key: client.dump(key) for key in client.scan_iter("*")} == before
+    measured = {entry["name"]: entry for entry in document["measurements"]}
+    assert list(measured) == [
+        *("fresh memory", "fresh memory, small pages", "touched memory", "checksum", "stream"),
+        *("store, 1", "store, 2", "store, 3", "load"),
+    ]
+    for entry in measured.values():
+        assert entry["samples"] == 2
+        assert 0 < entry["min_gb_per_s"] <= entry["gb_per_s"] <= entry["max_gb_per_s"]
+    assert measured["store, 2"]["note"] == "as set"
+    assert document["limit"] == "sample"  # 2.5 MB say nothing
+    assert document["verdict"]
+    assert document["round_trip_seconds"] > 0
+    assert 0 < document["bytes"] <= 2_000_000
+    assert document["load"]["bytes"] == document["bytes"]
+    assert document["load"]["verified_bytes"] >= document["bytes"]
+
+
+def test_options_of_the_url_are_those_of_the_load_and_do_not_stop_the_comparison(
+    redis_url: str, tiny_checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rdmaload.save(tiny_checkpoint.directory, redis_url)
+    document = run_json(capsys, f"{redis_url}?connections=3&verify=off", *SMALL, "--connections", "1")
+    names = {entry["name"]: entry["note"] for entry in document["measurements"]}
+    assert names["store, 3"] == "as set"
+    assert "checksum" not in names  # nothing was verified
+    assert document["load"]["connections"] == 3
+
+
+def test_a_directory_and_a_store_in_python_are_measured_too(
+    tiny_checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = run_json(capsys, str(tiny_checkpoint.directory), *SMALL)
+    names = [entry["name"] for entry in document["measurements"]]
+    assert "stream" not in names
+    assert document["round_trip_seconds"] is None
+    assert document["load"]["path"].startswith("file")
+    try:
+        rdmaload.save(tiny_checkpoint.directory, "memory://bench/m")
+        document = run_json(capsys, "memory://bench/m", *SMALL)
+        assert document["load"]["path"] == "python"
+        assert main(["bench", "memory://bench/m", *SMALL]) == 0
+    finally:
+        forget_store("bench")
+    out = capsys.readouterr().out
+    assert "store, 4 threads" in out
+    assert "too little to say" in out
+
+
+def test_a_rank_of_a_sharded_model_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    for rank in range(2):
+        state = {f"w{rank}": torch.zeros(1000 * (rank + 1))}
+        rdmaload.save(state, tmp_path / "m", rank=rank, world_size=2, save_id="x")
+    assert main(["bench", str(tmp_path / "m"), *SMALL]) == 7
+    capsys.readouterr()
+    assert run_json(capsys, str(tmp_path / "m"), *SMALL, "--rank", "1")["bytes"] == 8000
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--repeat", "0"), ("--connections", "0"), ("--connections", "1,"), ("--connections", "2000"), ("--bytes", "x")],
+)
+def test_arguments_that_make_no_sense(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "memory://bench/m", *arguments]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_model_that_is_not_there(redis_url: str) -> None:
+    assert main(["bench", redis_url, *SMALL]) == 3
+
+
+@pytest.mark.parametrize(
+    ("url", "local"),
+    [
+        ("redis://127.0.0.1:1/m", True),
+        ("redis://localhost/m", True),
+        ("redis://[::1]/m", True),
+        ("redis://192.0.2.1/m", False),
+        ("redis://no-such-host.invalid/m", False),
+        ("memory://store/m", False),
+    ],
+)
+def test_whether_a_store_is_on_this_machine(url: str, local: bool) -> None:
+    assert _is_local(parse_url(url)) is local
+
+
+def test_an_interrupted_measurement_ends_with_130(
+    redis_url: str, redis_server: RedisServer, tiny_checkpoint: Checkpoint
+) -> None:
+    rdmaload.save(tiny_checkpoint.directory, redis_url)
+    environment = {**os.environ, "PYTHONPATH": str(Path(rdmaload.__file__).parents[1])}
+    with FaultProxy(redis_server.host, redis_server.port, Stall(after=500_000)) as proxy:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rdmaload", "bench", proxy.url(redis_url.rpartition("/")[2]), *SMALL],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        with process:
+            try:
+                assert proxy.wait_for_fault(60)
+                process.send_signal(signal.SIGINT)
+                out, err = process.communicate(timeout=60)
+            finally:
+                process.kill()
+    assert (process.returncode, out, err) == (130, "", "rdmaload: interrupted\n")
