@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rdmaload.errors import MemoryLimitError
 
-__all__ = ["available_bytes", "require"]
+__all__ = ["available_bytes", "control_group_limit", "require"]
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
@@ -64,6 +64,18 @@ def _cgroup_headroom(root: Path = _CGROUP_ROOT, membership: Path = Path("/proc/s
             left = max(0, limit - usage + _reclaimable(directory))
             headroom = left if headroom is None else min(headroom, left)
     return headroom
+
+
+def control_group_limit(root: Path = _CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> int | None:
+    """The least memory limit of this process's control groups in bytes; None when none is set."""
+    try:
+        directories = _cgroup_directories(root, membership.read_text())
+    except OSError:
+        return None
+    found = [_read_number(group / name) for group in directories for name in ("memory.max", "memory.limit_in_bytes")]
+    # Version 1 writes "unlimited" as almost 2**63.
+    limits = [limit for limit in found if limit is not None and limit < 2**62]
+    return min(limits, default=None)
 
 
 def available_bytes() -> int:

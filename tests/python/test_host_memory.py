@@ -113,3 +113,21 @@ def test_require(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(caught.value, MemoryError)
     with pytest.raises(MemoryLimitError, match="max_host_bytes is 10"):
         host_memory.require(11, limit=10, url="u://h/m")
+
+
+def test_the_limit_of_the_control_groups(tmp_path: Path) -> None:
+    membership = tmp_path / "membership"
+    membership.write_text("0::/a/b\n")
+    group = tmp_path / "a" / "b"
+    group.mkdir(parents=True)
+    assert host_memory.control_group_limit(tmp_path, membership) is None
+    (group / "memory.max").write_text("max\n")
+    (tmp_path / "a" / "memory.max").write_text("5000\n")
+    assert host_memory.control_group_limit(tmp_path, membership) == 5000
+    (group / "memory.max").write_text("4000\n")
+    assert host_memory.control_group_limit(tmp_path, membership) == 4000
+    (group / "memory.max").unlink()
+    (tmp_path / "a" / "memory.max").unlink()
+    (group / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert host_memory.control_group_limit(tmp_path, membership) is None
+    assert host_memory.control_group_limit(tmp_path, tmp_path / "none") is None

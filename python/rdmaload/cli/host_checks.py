@@ -1,4 +1,4 @@
-"""What this machine and this installation give: versions, processor, memory, limits, network.
+"""What this machine and this installation give: versions, processor, memory, limits; the rest in system_checks.
 
 Everything is read; nothing is changed. A file that the kernel does not have says "unknown".
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from rdmaload import __version__
 from rdmaload.cli.checks import Check
 from rdmaload.cli.output import size_text
+from rdmaload.cli.system_checks import system_checks
 from rdmaload.errors import NotSupportedError
 
 __all__ = ["host_checks"]
@@ -29,6 +30,9 @@ _CHECKSUM_SAMPLE_BYTES = 4 << 20
 _SLAB_BYTES = 1 << 30  # what RDMA registers at a time, at most
 
 _LITTLE_MEMORY_BYTES = 4e9
+_ENOUGH_FILES = 1024
+
+_THP = "/sys/kernel/mm/transparent_hugepage"
 
 
 def host_checks() -> Iterator[Check]:
@@ -41,12 +45,16 @@ def host_checks() -> Iterator[Check]:
     for package in _PACKAGES:
         yield _package(package)
     yield _processor()
+    yield _processor_features()
     yield _checksums()
     yield _tls()
+    yield _numa()
     yield _huge_pages()
     yield _locked_memory()
+    yield _open_files()
     yield _host_memory()
-    yield _congestion_control()
+    yield _control_group()
+    yield from system_checks()
 
 
 def _read(path: str) -> str:
@@ -108,17 +116,67 @@ def _tls() -> Check:
         return Check("tls", "warn", "not available", str(err))
 
 
-def _huge_pages() -> Check:
-    text = _read("/sys/kernel/mm/transparent_hugepage/enabled")
-    chosen = text.partition("[")[2].partition("]")[0]
-    if chosen in ("always", "madvise"):
-        return Check("transparent huge pages", "ok", chosen)
+def _processor_features() -> Check:
+    """Instructions that checksums and copies profit from; their lines are named differently on x86 and ARM."""
+    words: set[str] = set()
+    for line in _read("/proc/cpuinfo").splitlines():
+        if line.startswith(("flags", "Features")):
+            words = set(line.partition(":")[2].split())
+            break
+    wanted = ("sse4_2", "pclmulqdq", "avx2", "avx512f", "vpclmulqdq", "crc32", "pmull", "sve")
+    found = [name for name in wanted if name in words]
+    return Check("cpu features", "ok", " ".join(found) or "none that matter here")
+
+
+def _numa() -> Check:
+    nodes = sorted(path.name for path in Path("/sys/devices/system/node").glob("node[0-9]*"))
+    if len(nodes) < 2:
+        return Check("numa", "ok", "1 node")
     return Check(
-        "transparent huge pages",
-        "warn",
-        chosen or "unknown",
-        "fresh memory costs more without them: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
+        "numa",
+        "ok",
+        f"{len(nodes)} nodes",
+        "memory of another node is slower: start the process on the node of its network device or GPU "
+        "(numactl --cpunodebind --preferred)",
     )
+
+
+def _huge_pages() -> Check:
+    chosen = {name: _bracketed(f"{_THP}/{name}") for name in ("enabled", "defrag", "shmem_enabled")}
+    value = ", ".join(f"{name} {setting or 'unknown'}" for name, setting in chosen.items())
+    if chosen["enabled"] not in ("always", "madvise"):
+        return Check(
+            "transparent huge pages",
+            "warn",
+            value,
+            f"fresh memory costs more without them: echo madvise > {_THP}/enabled",
+        )
+    if chosen["defrag"] == "never":
+        return Check(
+            "transparent huge pages",
+            "ok",
+            value,
+            f"where memory is fragmented there will be few: echo madvise > {_THP}/defrag",
+        )
+    return Check("transparent huge pages", "ok", value)
+
+
+def _bracketed(path: str) -> str:
+    """The word in brackets, by which the kernel marks the setting in force."""
+    return _read(path).partition("[")[2].partition("]")[0]
+
+
+def _open_files() -> Check:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    value = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft:,}"
+    if soft != resource.RLIM_INFINITY and soft < _ENOUGH_FILES:
+        return Check(
+            "open files limit",
+            "warn",
+            value,
+            f"each connection and each weight file takes one: ulimit -n {_ENOUGH_FILES} (hard limit {hard:,})",
+        )
+    return Check("open files limit", "ok", value)
 
 
 def _locked_memory() -> Check:
@@ -148,9 +206,6 @@ def _host_memory() -> Check:
     free, total = fields.get("MemAvailable", 0), fields.get("MemTotal", 0)
     usable = available_bytes()
     value = f"{size_text(free)} of {size_text(total)} available"
-    # Other processes take and give meanwhile: only a clear difference is a control group's.
-    if usable < 0.9 * free:
-        value += f", the control group leaves {size_text(usable)}"
     if usable < _LITTLE_MEMORY_BYTES:
         return Check(
             "host memory",
@@ -161,14 +216,12 @@ def _host_memory() -> Check:
     return Check("host memory", "ok", value)
 
 
-def _congestion_control() -> Check:
-    name = _read("/proc/sys/net/ipv4/tcp_congestion_control") or "unknown"
-    if name == "bbr":
-        return Check(
-            "tcp congestion control",
-            "warn",
-            name,
-            "good over distances; to a store on the same host cubic is up to twice as fast "
-            "(the sender's setting counts: sysctl -w net.ipv4.tcp_congestion_control=cubic)",
-        )
-    return Check("tcp congestion control", "ok", name)
+def _control_group() -> Check:
+    from rdmaload.host_memory import available_bytes, control_group_limit
+
+    limit = control_group_limit()
+    if limit is None:
+        return Check("control group memory", "ok", "no limit")
+    return Check(
+        "control group memory", "ok", f"limit {size_text(limit)}, a load may take {size_text(available_bytes())} more"
+    )

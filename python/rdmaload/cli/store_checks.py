@@ -15,7 +15,7 @@ from rdmaload.cli.output import count_text, seconds_text, size_text
 
 if TYPE_CHECKING:
     from rdmaload.connectors import FileConnector, KeyValueConnector
-    from rdmaload.connectors.redis import RedisConnector
+    from rdmaload.manifest import Manifest
 
 __all__ = ["store_checks"]
 
@@ -39,18 +39,23 @@ def store_checks(url: str, opts: dict[str, object]) -> Iterator[Check]:
 
 
 def _key_value(connector: KeyValueConnector) -> Iterator[Check]:
+    from rdmaload.cli.server_checks import room_check, server_checks
+    from rdmaload.connectors.redis import RedisConnector
+    from rdmaload.sources import read_manifest
+
     # Always absent, and never another model's: no model is named so.
     probe = f"{connector.model or 'rdmaload:doctor'}/doctor"
     started = time.perf_counter()
     connector.exists(probe)
     yield Check("connection", "ok", f"{connector.url} in {seconds_text(time.perf_counter() - started)}")
     yield _round_trip(connector, probe)
-    from rdmaload.connectors.redis import RedisConnector
-
     if isinstance(connector, RedisConnector):
-        yield from _server(connector)
+        yield from server_checks(connector)
     if connector.model:
-        yield _model(connector)
+        manifest = read_manifest(connector)
+        yield _model(manifest)
+        if manifest is not None and isinstance(connector, RedisConnector):
+            yield room_check(connector, manifest.bytes)
 
 
 def _round_trip(connector: KeyValueConnector, probe: str) -> Check:
@@ -74,68 +79,7 @@ def _round_trip(connector: KeyValueConnector, probe: str) -> Check:
     return Check("round trip", "ok", value)
 
 
-def _server(connector: RedisConnector) -> Iterator[Check]:
-    facts = connector.server_info()
-    if not facts:
-        yield Check(
-            "server",
-            "warn",
-            "unknown: INFO is refused to this user",
-            "grant it to see version and memory (ACL SETUSER ... +info)",
-        )
-        return
-    version = facts.get("valkey_version")
-    name = "valkey" if version else "redis"
-    yield Check("server", "ok", f"{name} {version or facts.get('redis_version', 'unknown')}")
-    yield _memory(facts)
-    policy = facts.get("maxmemory_policy", "unknown")
-    if policy == "noeviction":
-        yield Check("maxmemory-policy", "ok", policy)
-    else:
-        yield Check(
-            "maxmemory-policy",
-            "warn",
-            policy,
-            "the server may evict parts of a model: CONFIG SET maxmemory-policy noeviction",
-        )
-    evicted = _number(facts, "evicted_keys")
-    if evicted:
-        yield Check(
-            "evicted keys",
-            "warn",
-            f"{evicted:,} since the server started",
-            "models may have lost chunks: `rdmaload verify` them",
-        )
-
-
-def _memory(facts: dict[str, str]) -> Check:
-    used, limit = _number(facts, "used_memory"), _number(facts, "maxmemory")
-    total = _number(facts, "total_system_memory")
-    room = max(0, (limit or total) - used)
-    value = f"{size_text(limit)}" if limit else "unlimited"
-    value += f", {size_text(used)} in use, room for {size_text(room)}"
-    if not limit:
-        value += " in the machine's memory" if total else ""
-    # A save needs as much again, beside the generation that it replaces.
-    if (limit or total) and room < used:
-        return Check(
-            "maxmemory",
-            "warn",
-            value,
-            "what is there cannot be saved a second time: raise maxmemory, or `rdmaload prune`",
-        )
-    return Check("maxmemory", "ok", value)
-
-
-def _number(facts: dict[str, str], name: str) -> int:
-    text = facts.get(name, "")
-    return int(text) if text.isdecimal() else 0
-
-
-def _model(connector: KeyValueConnector) -> Check:
-    from rdmaload.sources import read_manifest
-
-    manifest = read_manifest(connector)
+def _model(manifest: Manifest | None) -> Check:
     if manifest is None:
         return Check("model", "ok", "nothing is published under this name")
     return Check(

@@ -409,6 +409,32 @@ class RedisConnector(KeyValueConnector):
             found.get("maxmemory_policy", ""),
         )
 
+    def server_info(self) -> dict[str, str]:
+        """The server's INFO by name, such as `redis_version`; `db0` is a dict's text. Empty where it is refused."""
+        try:
+            answer, _ = self._call(None, lambda: self._client.info())
+        except (AuthenticationError, UnavailableError) as err:
+            _log.debug("%s: INFO: %s", self.url, err)
+            return {}
+        return {str(name): str(value) for name, value in answer.items()}
+
+    def server_settings(self, *names: str) -> dict[str, str]:
+        """Settings by name (CONFIG GET), those that the server has and this user may read."""
+        found: dict[str, str] = {}
+        for name in names:  # one by one: only new servers take several
+            try:
+                answer = self._setting(name)
+            except (AuthenticationError, UnavailableError) as err:
+                _log.debug("%s: CONFIG GET: %s", self.url, err)
+                break
+            for key, value in answer.items():
+                found[_as_text(key)] = _as_text(value)
+        return found
+
+    def _setting(self, name: str) -> dict[object, object]:
+        answer, _ = self._call(None, lambda: self._client.config_get(name))
+        return dict(answer)
+
     def _call(self, key: str | None, command: Callable[[], _Result]) -> tuple[_Result, int]:
         """Run a command, again while connections fail; its result and the number of attempts."""
         self._check_open()
@@ -464,6 +490,10 @@ class RedisConnector(KeyValueConnector):
                 return False
             failure = failure.__cause__ or failure.__context__
         return True
+
+
+def _as_text(value: object) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def _may_pass(failure: Exception) -> bool:
