@@ -39,7 +39,9 @@ def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedPro
     )
 
 
-@pytest.mark.parametrize("argument", ["--help", "--version", "save --help", "doctor --help"])
+@pytest.mark.parametrize(
+    "argument", ["--help", "--version", "save --help", "bench --help", "doctor --help", "help load"]
+)
 def test_help_and_version_import_nothing_heavy(argument: str, environment: dict[str, str]) -> None:
     code = (
         "import sys\n"
@@ -53,7 +55,7 @@ def test_help_and_version_import_nothing_heavy(argument: str, environment: dict[
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=SECONDS
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert ("examples:" in done.stdout) is ("--help" in argument)
+    assert ("examples:" in done.stdout) is ("help" in argument)
     assert (f"rdmaload {rdmaload.__version__}\n" == done.stdout) is (argument == "--version")
 
 

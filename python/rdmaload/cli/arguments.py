@@ -10,11 +10,11 @@ import argparse
 import difflib
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn, TypeAlias
 
-from rdmaload.cli.exits import UsageError
+from rdmaload.cli.exits import MEANINGS, UsageError
 from rdmaload.options import Options, parse_size
 from rdmaload.urls import SECRET_TEXT, is_secret_option, redact
 
@@ -38,6 +38,12 @@ _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", re.ASCII)
 _UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 _HELP_COLUMNS = 79  # what argparse leaves alone, we wrap for the narrowest terminal
+
+_PRINTS = "Progress, warnings and errors, one line each, go to stderr; with --json a failure is a document, too."
+_ENVIRONMENT = (
+    "The variable that -o password_env=NAME (or the url's query) names holds the password. COLUMNS is the width of "
+    "this text. Nothing else is read."
+)
 
 _URL_HELP = "the model: redis://[user:pass@]host[:6379]/model, valkey://..., a directory"
 
@@ -82,12 +88,16 @@ def add_command(
     *,
     help: str,
     description: str,
+    prints: str,
     examples: Sequence[str],
-    prints: str = "",
+    exits: Mapping[int, str] = MEANINGS,
 ) -> Parser:
-    """A command with the options that all of them have."""
-    text = "examples:\n" + "\n".join(f"  {example}" for example in examples)
-    command = commands.add_parser(name, help=help, description=textwrap.fill(description, _HELP_COLUMNS), epilog=text)
+    """A command with the options that all of them have, and help that is complete as a manual page.
+
+    `prints` says what goes to stdout. `exits` adds to, or replaces, what the exit codes mean.
+    """
+    command = commands.add_parser(name, help=help, description=_filled(description))
+    command.epilog = _sections(prints, {**MEANINGS, **exits}, examples)
     command.add_argument(
         "-o",
         dest="option_texts",
@@ -101,6 +111,31 @@ def add_command(
     add_verbosity(command, default=argparse.SUPPRESS)
     command.set_defaults(run=run)
     return command
+
+
+def _filled(text: str, indent: str = "") -> str:
+    return textwrap.fill(
+        text,
+        _HELP_COLUMNS,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _sections(prints: str, exits: Mapping[int, str], examples: Sequence[str]) -> str:
+    codes = [
+        textwrap.fill(meaning, _HELP_COLUMNS, initial_indent=f"  {code:<5}", subsequent_indent=" " * 7)
+        for code, meaning in exits.items()
+    ]
+    sections = {
+        "prints": _filled(f"{prints} {_PRINTS}", "  "),
+        "exit codes": "\n".join(codes),
+        "environment": _filled(_ENVIRONMENT, "  "),
+        "examples": "\n".join(f"  {example}" for example in examples),
+    }
+    return "\n\n".join(f"{title}:\n{text}" for title, text in sections.items())
 
 
 def add_verbosity(parser: argparse.ArgumentParser, *, default: object = False) -> None:

@@ -21,6 +21,12 @@ def register(commands: Commands) -> None:
         description="Check what speed and reliability depend on: versions, processor, memory, "
         "limits and network of this machine; with a url also whether the store answers, how far it "
         "is and whether it has room. Each line is ok, warn or fail, and says what to do.",
+        prints="One line per check: ok, warn or fail, name, value, and what to do; with --json url, ok (nothing to "
+        "do at all) and checks (name, status, value, advice).",
+        exits={
+            0: "no check failed; there may be warnings",
+            1: "a check of this machine or of the store failed",
+        },
         examples=["rdmaload doctor", "rdmaload doctor redis://10.0.0.5", "rdmaload doctor --json"],
     )
     doctor.add_argument("url", metavar="URL", nargs="?", help="a store, or a model in it, to check as well")

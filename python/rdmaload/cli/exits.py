@@ -23,10 +23,24 @@ from rdmaload.errors import (
     UrlError,
 )
 
-__all__ = ["INTERRUPTED", "OTHER", "UsageError", "describe", "exit_code"]
+__all__ = ["INTERRUPTED", "MEANINGS", "OTHER", "UsageError", "describe", "exit_code"]
 
 OTHER = 1
 INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
+
+MEANINGS = {
+    0: "done",
+    1: 'anything that no other code says, such as too little memory, or a "no" to a question',
+    2: "usage: a wrong argument, url or option",
+    3: "not found: no such model, file, key or generation",
+    4: "data mismatch: a checksum, a format, or tensors that differ",
+    5: "authentication: wrong or missing credentials, or no permission",
+    6: "unreachable, or timed out",
+    7: "layout or identity: saved for other ranks, or for another engine",
+    8: "unsupported: by this release, this installation or this store",
+    INTERRUPTED: "interrupted",
+}
+"""What each code means, for help and manual pages."""
 
 
 class UsageError(Exception):

@@ -27,6 +27,8 @@ def register(commands: Commands) -> None:
         description="List the models in a store; for a url with a model, its files, or the models "
         "whose names start with it and a slash. Models come from a list that saves keep in the "
         "store; --scan looks at every key instead and puts the list right.",
+        prints="One name per line, or size and path of each file; with --json url and models, or url and files "
+        "(path, size, rank, weights).",
         examples=[
             "rdmaload ls redis://10.0.0.5",
             "rdmaload ls redis://10.0.0.5 --scan",
@@ -42,6 +44,8 @@ def register(commands: Commands) -> None:
         help="say what a model is",
         description="Say what a model is: kind, generation, who wrote it and when, files, tensors, "
         "dtypes, sizes, chunks, parallel layout and identity.",
+        prints="One line per fact; with --json kind, world_size, generation, created, writer, layout, identity, "
+        "bytes, tensors, dtypes, chunks, files and, with --tensors, tensor_list.",
         examples=[
             "rdmaload info redis://10.0.0.5/llama",
             "rdmaload info redis://10.0.0.5/llama --tensors",

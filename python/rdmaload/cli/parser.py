@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
+
 from rdmaload import __version__
 from rdmaload.cli import bench, doctor, listing, removal, transfer
-from rdmaload.cli.arguments import Parser, add_verbosity, option_names
+from rdmaload.cli.arguments import Commands, Parser, add_verbosity, option_names
+from rdmaload.cli.exits import UsageError
 
 __all__ = ["make_parser"]
 
 _DESCRIPTION = """\
 Saves model weights into stores and loads them back, natively and verified.
 
-A URL is a model in a store: redis://[user:pass@]host[:6379]/model, valkey://..., or a
-directory. A password is better given by -o password_file=PATH or -o password_env=NAME
-than in a url, which every user of the machine can see among the processes."""
+A URL is a model in a store: redis://[user:pass@]host[:6379]/model,
+valkey://..., or a directory. A password is better given by
+-o password_file=PATH or -o password_env=NAME than in a url, which every user of
+the machine can see among the processes."""
 
 _EPILOG = """\
 options for -o and for the url's query, with their defaults:
@@ -46,4 +50,29 @@ def make_parser() -> Parser:
     )
     for group in (transfer, listing, removal, doctor, bench):
         group.register(commands)
+    _add_help(commands)
     return parser
+
+
+def _add_help(commands: Commands) -> None:
+    # No `add_command`: this one has neither a store's options nor anything to report.
+    command = commands.add_parser(
+        "help",
+        help="show the manual of a command",
+        description="Show what `rdmaload COMMAND --help` shows; without one, all commands.",
+        epilog="examples:\n  rdmaload help\n  rdmaload help bench",
+    )
+    command.add_argument("topic", metavar="COMMAND", nargs="?", help="the command to explain")
+    command.set_defaults(run=lambda args: _help(commands, args.topic), quiet=False, debug=False)
+
+
+def _help(commands: Commands, topic: str | None) -> int:
+    if topic is None:
+        make_parser().print_help()
+        return 0
+    if topic not in commands.choices:
+        near = difflib.get_close_matches(topic, commands.choices, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands.choices)}"
+        raise UsageError(f"no command {topic}: {hint}")
+    commands.choices[topic].print_help()
+    return 0

@@ -21,6 +21,7 @@ def register(commands: Commands) -> None:
         help="remove a model",
         description="Remove a model from a key-value store, with everything that saves left of it. "
         "Asks first; where nobody can answer, --yes is needed.",
+        prints="How many keys were removed; with --json url and keys.",
         examples=["rdmaload rm redis://10.0.0.5/llama", "rdmaload rm --yes redis://10.0.0.5/llama"],
     )
     add_url(rm)
@@ -32,6 +33,7 @@ def register(commands: Commands) -> None:
         help="remove what no reader needs: replaced generations, dead saves",
         description="Remove replaced generations of a model and what dead saves left. The "
         "published generation and saves that are alive always stay.",
+        prints="What was removed and what was kept, with bytes; with --json the same by name.",
         examples=[
             "rdmaload prune redis://10.0.0.5/llama",
             "rdmaload prune redis://10.0.0.5/llama --grace 10m",

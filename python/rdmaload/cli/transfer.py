@@ -43,10 +43,12 @@ def _register_save(commands: Commands) -> None:
         description="Save a model: a directory with safetensors files, or a model in another "
         "store, verified while it is copied. Readers see the old model or the new one, never a mix. A "
         "save that was interrupted goes on where it stopped when it is called again.",
+        prints="Files, bytes sent, speed, path and the new generation; with --json the fields of SaveStats (bytes, "
+        "seconds, gb_per_s, stages, path, files, chunks, skipped_bytes, generation, save_id, published).",
         examples=[
             "rdmaload save /models/llama redis://10.0.0.5/llama",
             "rdmaload save redis://old-host/llama redis://new-host/llama",
-            "rdmaload save ./shard0 redis://10.0.0.5/big --rank 0 --world-size 8 --save-id s900",
+            "rdmaload save ./0 redis://10.0.0.5/big --rank 0 --world-size 8 --save-id s900",
         ],
     )
     save.add_argument("source", metavar="SOURCE", help="a directory, or the url of a model")
@@ -140,6 +142,9 @@ def _register_load(commands: Commands) -> None:
         help="load a model into memory, and say how fast that was",
         description="Load a model's tensors into host memory and report speed, path and what was "
         "verified; with --against also compare every byte with safetensors files. Nothing is kept.",
+        prints="Tensors, bytes, speed, path, and what was verified; with --json url, tensors and the fields of "
+        "LoadStats (bytes, seconds, gb_per_s, stages, path, connections, retries, verified_bytes, "
+        "unverified_bytes, copied_bytes, read_bytes, generation), and compared_bytes with --against.",
         examples=[
             "rdmaload load redis://10.0.0.5/llama",
             "rdmaload load redis://10.0.0.5/llama --against /models/llama",
@@ -213,10 +218,12 @@ def _register_pull(commands: Commands) -> None:
         help="copy a model's files into a directory",
         description="Copy the files of a model into a directory, verified. Each file appears whole "
         "or not at all. Without options all files are copied.",
+        prints="The directory, bytes, speed and what was verified; with --json url, directory and the fields of "
+        "LoadStats.",
         examples=[
             "rdmaload pull redis://10.0.0.5/llama ./llama",
             "rdmaload pull redis://10.0.0.5/llama ./llama --no-weights",
-            "rdmaload pull redis://10.0.0.5/llama cfg --include '*.json' --include 'tokenizer*'",
+            "rdmaload pull redis://10.0.0.5/llama cfg --include '*.json' --include 'tok*'",
         ],
     )
     add_url(pull)
@@ -268,6 +275,7 @@ def _register_verify(commands: Commands) -> None:
         "The first chunk that is missing or differs is named. Bytes that have no checksum, as in a "
         "directory, are read and reported as not verified; with -o verify=require they are an "
         "error.",
+        prints="Files, bytes, speed and what was verified; with --json url, files and the fields of LoadStats.",
         examples=[
             "rdmaload verify redis://10.0.0.5/llama",
             "rdmaload verify redis://10.0.0.5/llama --json",
