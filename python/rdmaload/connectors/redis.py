@@ -361,15 +361,6 @@ class RedisConnector(KeyValueConnector):
         names, _ = self._call(key, lambda: self._client.smembers(key))
         return {name.decode(errors="replace") for name in names}
 
-    def server_info(self) -> dict[str, str]:
-        """The server's INFO; empty for a user who may not read it."""
-        try:
-            answer, _ = self._call(None, lambda: self._client.info())
-        except (AuthenticationError, FormatError, UnavailableError) as err:
-            _log.debug("%s: INFO cannot be read: %s", self.url, err)
-            return {}
-        return {str(name): str(value) for name, value in answer.items()}
-
     def publish_warning(self, needed_bytes: int = 0) -> Sequence[str]:
         limit, used, policy = self._memory_settings()
         warnings = []
@@ -413,7 +404,7 @@ class RedisConnector(KeyValueConnector):
         """The server's INFO by name, such as `redis_version`; `db0` is a dict's text. Empty where it is refused."""
         try:
             answer, _ = self._call(None, lambda: self._client.info())
-        except (AuthenticationError, UnavailableError) as err:
+        except (AuthenticationError, FormatError, UnavailableError) as err:
             _log.debug("%s: INFO: %s", self.url, err)
             return {}
         return {str(name): str(value) for name, value in answer.items()}
