@@ -1,8 +1,9 @@
 """rdmaload.load of a directory against safetensors into memory of its own, warm and cold.
 
 Owned means that every byte has been read into memory of its own: `load_file` maps its file, so each
-tensor is cloned; `load_file(backend="pread")` reads. Cold files are written back and evicted before
-each run, which leaves the disk's and, in a virtual machine, the host's own caches as they are.
+tensor is cloned; `load_file(backend="pread")` reads. "plain preads" is what files cost without a
+format: two threads, 4 MiB pieces, fresh huge pages. runai-model-streamer takes part where it is
+importable. Cold files are written back and evicted before each run, which leaves the disk's and, in a virtual machine, the host's own caches as they are.
 Target: at least 1.0.
 """
 
@@ -10,13 +11,21 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import inspect
+import mmap
+import os
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks import checkpoints, machine, paired
+
+
+_PIECE_BYTES = 4 << 20
+_PLAIN = "plain preads"
 
 
 def load_and_clone(directory: Path) -> object:
@@ -38,13 +47,62 @@ def load_pread(directory: Path) -> object:
     return state
 
 
+def read_plainly(directory: Path) -> dict[str, mmap.mmap]:
+    """Every weight file whole, into huge pages of its own."""
+    pieces = []
+    memory = {}
+    for path in checkpoints.weight_files(directory):
+        size = path.stat().st_size
+        memory[path.name] = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory[path.name].madvise(mmap.MADV_HUGEPAGE)
+        descriptor = os.open(path, os.O_RDONLY)
+        view = memoryview(memory[path.name])
+        pieces += [(descriptor, view[at : at + _PIECE_BYTES], at) for at in range(0, size, _PIECE_BYTES)]
+
+    def read(piece: tuple[int, memoryview, int]) -> None:
+        descriptor, view, at = piece
+        while view:
+            got = os.preadv(descriptor, [view], at)
+            view, at = view[got:], at + got
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(read, pieces))
+    for descriptor in {descriptor for descriptor, _, _ in pieces}:
+        os.close(descriptor)
+    return memory
+
+
+def check_plain(memory: Any, directory: Path) -> None:
+    for path in checkpoints.weight_files(directory):
+        assert memory[path.name][:] == path.read_bytes()
+
+
+def stream_with_runai(strategy: str, directory: Path) -> object:
+    """Tensors of their own storage; read in a child, so that setting the environment harms nobody."""
+    os.environ["RUNAI_STREAMER_FS_STRATEGY"] = strategy
+    from runai_model_streamer import SafetensorsStreamer
+
+    state = {}
+    for path in checkpoints.weight_files(directory):
+        with SafetensorsStreamer() as streamer:
+            streamer.stream_file(str(path))
+            state.update(streamer.get_tensors())
+    return state
+
+
 def alternatives() -> dict[str, Callable[[Path], object]]:
-    """The ways that the installed safetensors has."""
+    """The ways that the installed packages have."""
     from safetensors.torch import load_file
 
     ways: dict[str, Callable[[Path], object]] = {"load_file + clone": load_and_clone}
     if "backend" in inspect.signature(load_file).parameters:
         ways["load_file(pread)"] = load_pread
+    ways[_PLAIN] = read_plainly
+    if importlib.util.find_spec("runai_model_streamer") is not None:
+        import runai_model_streamer  # noqa: F401  # here, so that no run pays for it
+
+        for strategy in ("io_uring_buffered", "io_uring_direct"):
+            ways[f"runai {strategy}"] = functools.partial(stream_with_runai, strategy)
     return ways
 
 
@@ -54,10 +112,14 @@ def main() -> None:
     parser.add_argument("--cache", choices=["warm", "cold", "both"], default="both")
     parser.add_argument("--drop-caches", action="store_true", help="cold: drop the system's page cache (root)")
     parser.add_argument("--threads", type=int, help="rdmaload's option; default: its default")
+    parser.add_argument("--file-io", choices=["auto", "buffered", "direct"], help="rdmaload's option")
+    parser.add_argument("--against", help="only alternatives whose name contains this")
     parser.add_argument("--only-others", action="store_true", help="measure the alternatives alone")
     arguments = parser.parse_args()
 
     options: dict[str, Any] = {} if arguments.threads is None else {"threads": arguments.threads}
+    if arguments.file_io is not None:
+        options["file_io"] = arguments.file_io
     result: dict[str, object] = {}
     with tempfile.TemporaryDirectory(dir=arguments.dir) as name:
         checkpoint = checkpoints.llama_like(Path(name) / "model", arguments.bytes)
@@ -78,8 +140,14 @@ def main() -> None:
             if arguments.cache not in (cache, "both"):
                 continue
             others = [
-                paired.Way(f"{cache}, {title}", functools.partial(way, directory), prepare, check)
+                paired.Way(
+                    f"{cache}, {title}",
+                    functools.partial(way, directory),
+                    prepare,
+                    functools.partial(check_plain, directory=directory) if title == _PLAIN else check,
+                )
                 for title, way in alternatives().items()
+                if arguments.against is None or arguments.against in title
             ]
             if arguments.only_others:
                 own, others = others[0], others[1:]

@@ -18,7 +18,7 @@ PythonTransport::~PythonTransport() {
   stop();
 }
 
-Status PythonTransport::perform(Read& read) {
+std::optional<Status> PythonTransport::perform(Read& read) {
   if (read.segments.size() == 1 && read.segments[0].data != nullptr && read.memory_owner != nullptr) {
     const std::span<std::byte> memory(read.segments[0].data, read.segments[0].size);
     const Status status = call_reader(read, memory, read.memory_owner);

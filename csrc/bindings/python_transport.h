@@ -21,7 +21,7 @@ class PythonTransport final : public ThreadedTransport {
   std::string_view path() const noexcept override { return "python"; }
 
  private:
-  Status perform(Read& read) override;
+  std::optional<Status> perform(Read& read) override;
   Status call_reader(Read& read, std::span<std::byte> memory, std::shared_ptr<void> owner);
 
   pybind11::function reader_;

@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "bindings/python_transport.h"
@@ -58,13 +59,18 @@ std::shared_ptr<resp::RespTransport> make_resp(std::string host, int port,
 void register_transport(py::module_& module) {
   py::class_<Transport, std::shared_ptr<Transport>>(module, "Transport")
       .def_property_readonly("path", [](const Transport& self) { return std::string(self.path()); })
+      .def_property_readonly("fallback_reason", &Transport::fallback_reason)
       .def_property_readonly("connections", &Transport::connections);
 
   py::class_<FileTransport, Transport, std::shared_ptr<FileTransport>>(module, "FileTransport")
-      .def(py::init([](std::string root, int threads) {
-             return released_on_delete(new FileTransport(std::move(root), threads));
+      .def(py::init([](std::string root, int threads, const std::string& io) {
+             FileOptions options;
+             options.threads = threads;
+             options.direct_reads = std::max(options.direct_reads, threads);
+             options.io = parse_file_io(io);
+             return released_on_delete(new FileTransport(std::move(root), std::move(options)));
            }),
-           py::arg("root"), py::arg("threads"));
+           py::kw_only(), py::arg("root"), py::arg("threads"), py::arg("io") = "auto");
 
   module.def("tls_library", &tls_library);
   py::class_<TlsContext, std::shared_ptr<TlsContext>>(module, "TlsContext")

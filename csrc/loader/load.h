@@ -29,8 +29,9 @@ struct LoadOptions {
   int max_integrity_attempts = 3;                   // a wrong byte is read again this often in all
   std::chrono::duration<double> retry_timeout{60};  // give up when nothing arrived for so long
   std::chrono::duration<double> timeout{1e9};       // the whole load
-  // Reads handed to the transport ahead of need: enough to keep every connection's pipeline full.
-  uint64_t queued_bytes = 32 << 20;
+  // Reads handed to the transport ahead of need: enough to keep every connection's pipeline full, and eight
+  // direct readers of a file busy.
+  uint64_t queued_bytes = 64 << 20;
   size_t queued_reads = 256;
 };
 

@@ -1,15 +1,14 @@
 #include "transport/file_transport.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
 #include <sys/uio.h>
-#include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstring>
 
 #include "memory/host_arena.h"
+#include "transport/direct_read.h"
 #include "transport/segment_cursor.h"
 
 namespace rdmaload {
@@ -20,87 +19,107 @@ namespace {
 constexpr size_t kChecksumPieceBytes = 256 << 10;
 constexpr size_t kPieceBytes = 4 << 20;
 constexpr size_t kScratchBytes = 256 << 10;
-constexpr size_t kMaxOpenFiles = 64;  // a model may have more files than the usual limit of 1024 descriptors
 
-Status failed(const std::string& what, const std::string& path, int error) {
-  const bool no_such_file = error == ENOENT || error == ENOTDIR || error == EISDIR || error == ELOOP;
-  const ErrorCode code = no_such_file || error == ENAMETOOLONG ? ErrorCode::kNotFound
-                         : error == EACCES || error == EPERM   ? ErrorCode::kAuthentication
-                                                               : ErrorCode::kUnavailable;
-  return Status(code, what + " '" + path + "' failed: " + std::strerror(error));
+// As SegmentCursor::next and advance, through the page cache. The same results as read_direct_piece.
+ssize_t read_buffered_piece(const OpenFile& file, uint64_t offset, bool checksum, SegmentCursor& cursor) {
+  thread_local HostArena scratch(kScratchBytes);
+  std::array<iovec, 256> vectors;
+  const size_t count = cursor.next(vectors, checksum ? kChecksumPieceBytes : kPieceBytes, scratch.span());
+  const ssize_t got = preadv(file.fd(), vectors.data(), static_cast<int>(count), static_cast<off_t>(offset));
+  if (got < 0) return -errno;
+  cursor.advance({vectors.data(), count}, static_cast<size_t>(got));
+  return got;
 }
 
 }  // namespace
 
-class FileTransport::Descriptor {
+// Not a transport that anybody else sees: a second set of workers with their queue.
+class FileTransport::DirectWorkers final : public ThreadedTransport {
  public:
-  explicit Descriptor(const std::string& path) : fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
-    if (fd_ < 0) {
-      const Status status = failed("opening", path, errno);
-      throw Error(status.code(), status.message());
-    }
-    posix_fadvise(fd_, 0, 0, POSIX_FADV_SEQUENTIAL);  // a hint: twice the readahead
-  }
-  ~Descriptor() { ::close(fd_); }
-
-  uint64_t bytes() const {
-    struct stat status{};
-    return fstat(fd_, &status) == 0 ? static_cast<uint64_t>(status.st_size) : 0;
-  }
-  Descriptor(const Descriptor&) = delete;
-  Descriptor& operator=(const Descriptor&) = delete;
-  int fd() const noexcept { return fd_; }
+  DirectWorkers(FileTransport& owner, int threads) : ThreadedTransport(threads), owner_(owner) { start(); }
+  ~DirectWorkers() override { stop(); }
+  std::string_view path() const noexcept override { return "file-direct"; }
 
  private:
-  int fd_;
+  std::optional<Status> perform(Read& read) override { return owner_.read_file(read); }
+  FileTransport& owner_;
 };
 
-FileTransport::FileTransport(std::string root, int threads)
-    : ThreadedTransport(threads), root_(std::move(root)) {
+FileTransport::FileTransport(std::string root, FileOptions options)
+    : ThreadedTransport(options.threads), files_(std::move(root), std::move(options)) {
   start();
 }
 
-std::shared_ptr<const FileTransport::Descriptor> FileTransport::open(const std::string& object) {
-  std::lock_guard lock(mutex_);
-  if (const auto found = open_.find(object); found != open_.end()) return found->second;
-  auto descriptor = std::make_shared<const Descriptor>(root_ + "/" + object);
-  // Those in use stay open through their shares; reads go file by file, so the others are mostly done with.
-  if (open_.size() >= kMaxOpenFiles) open_.clear();
-  open_.emplace(object, descriptor);
-  return descriptor;
+FileTransport::~FileTransport() {
+  stop();  // from here on nothing is handed on
+  direct_workers_.reset();
 }
 
-Status FileTransport::perform(Read& read) {
-  thread_local HostArena scratch(kScratchBytes);
-  const auto descriptor = open(read.object);
-  if (const uint64_t bytes = descriptor->bytes();
-      bytes > read.object_bytes) {  // a shorter one shows when it ends
-    return Status(ErrorCode::kIntegrity, "file '" + root_ + "/" + read.object + "' has " +
-                                             std::to_string(bytes) + " bytes, expected " +
-                                             std::to_string(read.object_bytes) +
+FileTransport::DirectWorkers& FileTransport::direct_workers() {
+  std::lock_guard lock(mutex_);
+  if (!direct_workers_)
+    direct_workers_ = std::make_unique<DirectWorkers>(*this, files_.options().direct_reads);
+  return *direct_workers_;
+}
+
+void FileTransport::cancel(const ReadOwner& owner) {
+  ThreadedTransport::cancel(owner);
+  DirectWorkers* direct = nullptr;
+  {
+    std::lock_guard lock(mutex_);
+    direct = direct_workers_.get();
+  }
+  if (direct != nullptr) direct->cancel(owner);
+}
+
+std::string_view FileTransport::path() const noexcept {
+  if (!used_direct_) return "file-buffered";
+  return used_buffered_ ? "file-buffered+file-direct" : "file-direct";
+}
+
+int FileTransport::connections() const noexcept {
+  return used_direct_ ? files_.options().direct_reads : ThreadedTransport::connections();
+}
+
+std::optional<Status> FileTransport::perform(Read& read) {
+  if (files_.get(read.object)->reads_directly()) {
+    direct_workers().submit(read, Clock::time_point::min());
+    return std::nullopt;
+  }
+  return read_file(read);
+}
+
+Status FileTransport::read_file(Read& read) {
+  const auto file = files_.get(read.object);
+  if (const uint64_t bytes = file->bytes(); bytes > read.object_bytes) {  // a shorter one shows when it ends
+    return Status(ErrorCode::kIntegrity, "file '" + file->path() + "' has " + std::to_string(bytes) +
+                                             " bytes, expected " + std::to_string(read.object_bytes) +
                                              ": it was changed after its header was read");
   }
   SegmentCursor cursor(read);
-  const size_t piece = read.checksum ? kChecksumPieceBytes : kPieceBytes;
-  std::array<iovec, 256> vectors;
-  uint64_t offset = read.offset;
   while (cursor.left() > 0) {
     if (read.owner->cancelled()) return Status(ErrorCode::kCancelled, "the read was cancelled");
-    const size_t count = cursor.next(vectors, piece, scratch.span());
-    const ssize_t got =
-        preadv(descriptor->fd(), vectors.data(), static_cast<int>(count), static_cast<off_t>(offset));
-    if (got < 0) {
-      if (errno == EINTR) continue;
-      return failed("reading", root_ + "/" + read.object, errno);
+    const uint64_t offset = read.offset + (read.length - cursor.left());
+    const bool direct = file->reads_directly();
+    ssize_t got = 0;
+    if (direct) {
+      thread_local HostArena bounce(kDirectPieceBytes);
+      got = read_direct_piece(files_.options().calls, *file, offset, cursor, bounce.span());
+    } else {
+      got = read_buffered_piece(*file, offset, read.checksum, cursor);
     }
-    if (got == 0) {
-      return Status(ErrorCode::kIntegrity, "file '" + root_ + "/" + read.object + "' ends at byte " +
-                                               std::to_string(offset) + ", expected " +
-                                               std::to_string(read.object_bytes) +
-                                               " bytes: it was truncated after it was opened");
+    if (got > 0) {
+      (direct ? used_direct_ : used_buffered_) = true;
+    } else if (got == 0) {
+      return Status(ErrorCode::kIntegrity,
+                    "file '" + file->path() + "' ends at byte " + std::to_string(offset) + ", expected " +
+                        std::to_string(read.object_bytes) + " bytes: it was truncated after it was opened");
+    } else if (direct && (got == -EINVAL || got == -EOPNOTSUPP)) {
+      file->refuse_direct("a direct read of '" + file->path() +
+                          "' was refused: " + std::strerror(static_cast<int>(-got)));
+    } else if (got != -EINTR) {
+      return file_call_failed("reading", file->path(), static_cast<int>(-got));
     }
-    cursor.advance({vectors.data(), count}, static_cast<size_t>(got));
-    offset += static_cast<uint64_t>(got);
   }
   return Status();
 }

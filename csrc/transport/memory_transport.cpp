@@ -16,7 +16,7 @@ void MemoryTransport::remove(const std::string& object) {
   objects_.erase(object);
 }
 
-Status MemoryTransport::perform(Read& read) {
+std::optional<Status> MemoryTransport::perform(Read& read) {
   std::shared_ptr<const std::vector<std::byte>> bytes;
   {
     std::lock_guard lock(mutex_);

@@ -21,7 +21,7 @@ class MemoryTransport final : public ThreadedTransport {
   std::string_view path() const noexcept override { return "memory"; }
 
  private:
-  Status perform(Read& read) override;
+  std::optional<Status> perform(Read& read) override;
 
   std::mutex mutex_;
   std::map<std::string, std::shared_ptr<const std::vector<std::byte>>> objects_;  // Guarded by mutex_.

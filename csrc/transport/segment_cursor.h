@@ -55,6 +55,19 @@ class SegmentCursor {
     return count;
   }
 
+  // Calls visit(segment) with what is left of each segment that the next max_bytes bytes belong to, in order.
+  template <typename Visit>
+  void peek(uint64_t max_bytes, Visit&& visit) const {
+    size_t within = within_;
+    for (size_t segment = segment_; max_bytes > 0 && segment < read_->segments.size();
+         ++segment, within = 0) {
+      const Segment& piece = read_->segments[segment];
+      const size_t size = std::min<uint64_t>(piece.size - within, max_bytes);
+      if (size > 0) visit(Segment{piece.data == nullptr ? nullptr : piece.data + within, size});
+      max_bytes -= size;
+    }
+  }
+
   // `bytes` have arrived in the places that next() gave: checksum them, in order, and move on.
   void advance(std::span<const iovec> vectors, size_t bytes) noexcept {
     left_ -= bytes;

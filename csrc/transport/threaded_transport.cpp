@@ -37,7 +37,7 @@ void ThreadedTransport::cancel(const ReadOwner& owner) { complete_all_cancelled(
 void ThreadedTransport::work() {
   name_this_thread("rdmaload-read");
   while (Read* read = queue_.pop(Deadline::never())) {
-    Status status;
+    std::optional<Status> status;
     if (read->owner->cancelled()) {
       status = cancelled_status();
     } else {
@@ -54,7 +54,7 @@ void ThreadedTransport::work() {
         status = Status(ErrorCode::kUnavailable, "unknown failure while reading " + read->object);
       }
     }
-    read->owner->complete(*read, status);
+    if (status) read->owner->complete(*read, *status);
   }
 }
 

@@ -4,6 +4,7 @@
 // still run.
 #pragma once
 
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -25,8 +26,9 @@ class ThreadedTransport : public Transport {
   void start();  // last thing in the derived constructor
   void stop();   // completes what waits with kCancelled and joins
 
-  // Called on a worker thread. Reads check read.owner->cancelled() between pieces.
-  virtual Status perform(Read& read) = 0;
+  // Called on a worker thread. Reads check read.owner->cancelled() between pieces. nullopt: the read was
+  // handed on, and whoever has it now completes it.
+  virtual std::optional<Status> perform(Read& read) = 0;
 
  private:
   void work();

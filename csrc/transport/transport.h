@@ -69,6 +69,8 @@ class Transport {
   virtual void cancel(const ReadOwner& owner) = 0;
   // The name that stats.path shows, e.g. "resp-tcp".
   virtual std::string_view path() const noexcept = 0;
+  // Why a faster way was not taken; empty when nothing was given up.
+  virtual std::string fallback_reason() const { return {}; }
   // Threads or connections that work at once.
   virtual int connections() const noexcept = 0;
 };

@@ -172,6 +172,8 @@ class Options:
     """Bytes per chunk of a save; None = the format's default, or what the store takes."""
     threads: int = _option(_whole(1, 1024), 2)
     """Threads that read local files, or a store without a native transport."""
+    file_io: Literal["auto", "buffered", "direct"] = _option(_one_of("auto", "buffered", "direct"), "auto")
+    """Local files through the page cache ("buffered"), past it ("direct", where possible), or what is faster."""
     max_integrity_attempts: int = _option(_whole(1, 100), 3)
     """How often a chunk is read in all before a wrong checksum is an error."""
     ca_file: str | None = _option(_text, None)

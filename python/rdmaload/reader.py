@@ -5,6 +5,7 @@ A StoreReader owns the model's transport (connections, threads) from the first r
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -29,6 +30,8 @@ from rdmaload.sglang_layout import READ_BYTES, check_unchanged
 from rdmaload.stats import LoadStats
 
 __all__ = ["Batch", "StoreReader", "Tick"]
+
+_log = logging.getLogger("rdmaload")
 
 Tick = Callable[[int], None]
 """Called now and then while reads run, with the bytes that have arrived."""
@@ -76,6 +79,7 @@ class StoreReader:
             files = [(file.path, file.size, file.first_chunk) for file in index.files]
         chunked = isinstance(connector, KeyValueConnector) and not self._values
         self._layout = _core.StoreLayout(files, index.chunk_bytes or 0, chunked, index.crcs)
+        self._logged_fallback: str | None = None
         self._lock = threading.Lock()
         self._transport: _core.Transport | None = None  # guarded by _lock
         self._closed = False  # guarded by _lock
@@ -279,6 +283,7 @@ class StoreReader:
         if transport is not None:
             stats.path = transport.path
             stats.connections = transport.connections
+            self._note_fallback(transport.fallback_reason, stats)
         stats.generation = self._generation
         stats.retries += counters["retries"]
         stats.verified_bytes += counters["verified_bytes"]
@@ -287,6 +292,16 @@ class StoreReader:
         stats.read_bytes += batch.plan.read_bytes
         for stage, seconds in (("read", counters["seconds"]), ("checksum", counters["checksum_seconds"])):
             stats.stages[stage] = stats.stages.get(stage, 0.0) + seconds
+
+    def _note_fallback(self, reason: str, stats: LoadStats) -> None:
+        if not reason:
+            return
+        stats.fallback_reason = reason
+        if reason != self._logged_fallback:
+            self._logged_fallback = reason
+            # What was not asked for is a choice rather than a loss.
+            level = logging.INFO if self._connector.options.file_io == "auto" else logging.WARNING
+            _log.log(level, "%s: %s", self._connector.url, reason)
 
     def _explained(self, error: RdmaloadError, key: str | None) -> RdmaloadError:
         """The error with its url and key; for a missing chunk, which of the two reasons it is."""

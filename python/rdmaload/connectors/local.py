@@ -54,7 +54,9 @@ class LocalConnector(FileConnector):
         self._check_open()
         from rdmaload import _core
 
-        transport: object = _core.FileTransport(root=str(self.root), threads=self.options.threads)
+        transport: object = _core.FileTransport(
+            root=str(self.root), threads=self.options.threads, io=self.options.file_io
+        )
         return transport
 
     def list_files(self) -> list[FileInfo]:

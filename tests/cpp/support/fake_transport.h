@@ -85,7 +85,7 @@ class AnsweringTransport final : public ThreadedTransport {
   std::string_view path() const noexcept override { return "answering"; }
 
  private:
-  Status perform(Read& read) override { return answer_(read); }
+  std::optional<Status> perform(Read& read) override { return answer_(read); }
   const Answer answer_;
 };
 
