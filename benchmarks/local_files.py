@@ -3,7 +3,8 @@
 Owned means that every byte has been read into memory of its own: `load_file` maps its file, so each
 tensor is cloned; `load_file(backend="pread")` reads. "plain preads" is what files cost without a
 format: two threads, 4 MiB pieces, fresh huge pages. runai-model-streamer takes part where it is
-importable. Cold files are written back and evicted before each run, which leaves the disk's and, in a virtual machine, the host's own caches as they are.
+importable. Cold files are written back and evicted before each run, which leaves the disk's and, in
+a virtual machine, the host's own caches as they are.
 Target: at least 1.0.
 """
 
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import checkpoints, machine, paired
-
 
 _PIECE_BYTES = 4 << 20
 _PLAIN = "plain preads"

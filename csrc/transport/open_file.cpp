@@ -23,6 +23,9 @@ constexpr double kColdFraction = 0.125;
 // Bounds that a bounce buffer (page-aligned, of 1 MiB) satisfies; disks ask for 4 to 4096 bytes.
 constexpr uint32_t kLargestMemoryAlignment = 4096;
 constexpr uint32_t kLargestBlock = 64 << 10;
+// Files of safetensors hold tensors at multiples of this. Where the disk wants more of an address, whole
+// files would pass through the bounce buffer, and that was slower than the page cache (docs/performance.md).
+constexpr uint32_t kTensorAlignment = 8;
 // Where readers announce themselves by a lock: a byte that no file has, so that it concerns nobody else's
 // locks but those on whole files.
 constexpr off_t kReaderLockOffset = off_t{1} << 62;
@@ -184,6 +187,7 @@ void OpenFile::open_directly(const FileOptions& options) {
     refusal_ = "the file system of '" + path_ + "' has no direct reads";
     return;
   }
+  if (!asked && alignment->memory > kTensorAlignment) return;  // a choice, not a refusal
   alignment_ = *alignment;
   direct_ = true;
 }

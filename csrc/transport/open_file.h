@@ -3,8 +3,9 @@
 //
 // Reading past the cache pays only where the disk has to be read anyway and nobody else wants the same
 // bytes. FileIo::kAuto therefore chooses it for a large file of a local file system that sampling finds to be
-// cold, as long as this is the only reader; everything else is read through the cache. What was given up, and
-// why, is data (direct_refusal). Any thread may call; an OpenFile owns its descriptors.
+// cold, on a disk that writes to any place of a tensor, as long as this is the only reader; everything else
+// is read through the cache. What was given up, and why, is data (direct_refusal). Any thread may call; an
+// OpenFile owns its descriptors.
 #pragma once
 
 #include <sys/uio.h>

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rdmaload
-from rdmaload import LoadStats
+from rdmaload import LoadStats, _core
 from rdmaload.errors import IntegrityError, UrlError
 from tests.support.checkpoints import TensorSpec, compare, make_checkpoint, read_safetensors
 
@@ -109,24 +109,18 @@ def test_memory_file_systems_are_read_plainly() -> None:
         assert (stats.path, stats.fallback_reason) == ("file-buffered", None)
 
 
-def test_a_refusal_of_direct_reads_is_in_stats_and_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("way", "level"), [("direct", logging.WARNING), ("auto", logging.INFO)])
+def test_what_was_given_up_is_in_stats_and_once_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, way: str, level: int
+) -> None:
     directory = large_checkpoint(tmp_path / "model")
-    path = directory / "model.safetensors"
-    drop_from_cache(directory)
-    with rdmaload.open(directory) as first, rdmaload.open(directory) as second:
-        stats = LoadStats()
-        first.load(stats=stats, include="layer.0")
-        if stats.path == "file-buffered":
-            return  # this file system, or this kernel, offers nothing that could be given up
-        with caplog.at_level(logging.INFO, logger="rdmaload"):
-            drop_from_cache(directory)
-            state = second.load(stats=stats)
-        assert stats.path == "file-buffered"
-        assert stats.fallback_reason
-        assert "another reader" in stats.fallback_reason
-        assert str(path) in stats.fallback_reason
-        assert caplog.text.count("another reader") == 1
-        assert compare(state, directory) == sum(t.numel() * t.itemsize for t in state.values())
+    monkeypatch.setattr(_core.Transport, "fallback_reason", property(lambda self: "O_DIRECT was refused"))
+    stats = LoadStats()
+    with caplog.at_level(logging.INFO, logger="rdmaload"), rdmaload.open(directory, file_io=way) as model:
+        model.load(stats=stats)
+        model.load(stats=stats)
+    assert stats.fallback_reason == "O_DIRECT was refused"
+    assert [record.levelno for record in caplog.records if "O_DIRECT was refused" in record.message] == [level]
 
 
 @pytest.mark.parametrize("way", WAYS)
