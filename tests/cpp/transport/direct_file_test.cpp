@@ -10,6 +10,7 @@
 #include <deque>
 #include <filesystem>
 #include <numeric>
+#include <semaphore>
 
 #include "core/crc32c.h"
 #include "memory/host_arena.h"
@@ -36,6 +37,8 @@ struct StrictDisk {
   std::atomic<int> error{EINVAL};
   std::atomic<size_t> longest{SIZE_MAX};  // bytes that one call delivers
   std::atomic<int> direct_calls{0};
+  std::atomic<bool> hold_next{false};  // the next direct read waits for go_on, and says so by held
+  std::binary_semaphore held{0}, go_on{0};
 
   FileOptions options(FileIo io) {
     FileOptions options;
@@ -56,6 +59,10 @@ struct StrictDisk {
     options.calls.cached_fraction = [this](int, uint64_t) { return cached; };
     options.calls.preadv_direct = [this](int fd, const iovec* vectors, int count, off_t offset) -> ssize_t {
       ++direct_calls;
+      if (hold_next.exchange(false)) {
+        held.release();
+        if (!go_on.try_acquire_for(testing::kSoon)) return errno = EIO, -1;
+      }
       bool aligned = static_cast<uint64_t>(offset) % alignment.offset == 0;
       for (int i = 0; i < count; ++i) {
         aligned &= reinterpret_cast<uintptr_t>(vectors[i].iov_base) % alignment.memory == 0;
@@ -345,10 +352,18 @@ TEST_CASE("files that were closed to make room are no readers of their own") {
   for (int i = 0; i < kFiles; ++i) directory.write(std::to_string(i), bytes);
   for (int i = 0; i < 2 * kFiles; ++i) reads.emplace_back(std::to_string(i % kFiles), 5000, owner);
   FileTransport transport(directory.path().string(), disk.options(FileIo::kAuto));
+  TestRead slow("0", 5000, owner);
+  disk.hold_next = true;
+  transport.submit(slow.read);
+  REQUIRE(disk.held.try_acquire_for(testing::kSoon));  // in use while all others come and go
   for (auto& prepared : reads) transport.submit(prepared.read);
   REQUIRE(owner.wait_for(reads.size()));
+  disk.go_on.release();
+  REQUIRE(owner.wait_for(reads.size() + 1));
   for (auto& prepared : reads) CHECK(prepared.holds(bytes));
+  CHECK(slow.holds(bytes));
   CHECK(transport.path() == "file-direct");
+  CHECK(transport.fallback_reason().empty());
 }
 
 TEST_CASE("the page cache is sampled: a file that was just read is warm") {
