@@ -77,6 +77,7 @@ struct RespStore {
 
 struct UnixRespStore {
   static constexpr bool kKnowsSizes = true;
+  static constexpr bool kMayCopy = false;
   testing::TempDir directory;
   testing::RespStore store;
   testing::RespServer server{[this](testing::RespSession& session, int) { store.serve(session); },
@@ -95,6 +96,7 @@ struct UnixRespStore {
 
 struct TlsRespStore {
   static constexpr bool kKnowsSizes = true;
+  static constexpr bool kMayCopy = false;
   testing::TempDir directory;
   testing::Certificate authority = testing::make_certificate({"authority", ""});
   testing::TlsSide side{{testing::make_certificate({}, &authority)}};
@@ -117,12 +119,9 @@ struct TlsRespStore {
   }
 };
 
-#define FOR_EVERY_TRANSPORT(name)                                                                    \
-  TEST_CASE_TEMPLATE(name, Store, MemoryStore, FileStore, RespStore<2>, RespStore<3>, UnixRespStore, \
-                     TlsRespStore)
 #define FOR_EVERY_TRANSPORT(name)                                                                 \
   TEST_CASE_TEMPLATE(name, Store, MemoryStore, AutoFileStore, BufferedFileStore, DirectFileStore, \
-                     RespStore<2>, RespStore<3>)
+                     RespStore<2>, RespStore<3>, UnixRespStore, TlsRespStore)
 
 Clock::time_point much_later() { return Clock::now() + std::chrono::hours(1); }
 
