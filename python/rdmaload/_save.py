@@ -391,7 +391,7 @@ class _KeyValueSave:
             self._beat()
             self._watch.tick(upload.bytes_done, upload.files_done)
 
-        threads = self._connector.options.connections * _THREADS_PER_CONNECTION
+        threads = self._connector.connections * _THREADS_PER_CONNECTION
         index = upload.run(threads, tick, self.interrupt)
         # Every file was whole when it was sent; together they are a model only if none has changed
         # since the first.

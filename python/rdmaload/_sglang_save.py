@@ -119,7 +119,7 @@ class SglangSave:
         return SaveStats(
             bytes=sum(value.size for value in [*tensors, *texts]),
             files=len(tensors) + len(texts),
-            connections=connector.options.connections,
+            connections=connector.connections,
             published=True,
         )
 
@@ -258,7 +258,7 @@ class SglangSave:
         if values:
             run_in_threads(
                 work,
-                min(self._connector.options.connections, len(values)),
+                min(self._connector.connections, len(values)),
                 tick=lambda: self._tick(self._bytes_done, self._values_done),
                 interrupt=self.interrupt,
                 name="rdmaload-save",

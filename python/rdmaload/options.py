@@ -134,10 +134,10 @@ class Options:
     4
     """
 
-    connections: int = _option(_whole(1, 1024), 2)
-    """Connections to the store that one load holds."""
-    bytes_in_flight: int = _option(_size(), 4 * 2**20)
-    """Bytes asked for and not yet received, over all connections: a server buffers its replies."""
+    connections: int | None = _option(_whole(1, 1024), None)
+    """Connections to the store that one load holds; None = 1 to a server on this machine, else 4."""
+    bytes_in_flight: int | None = _option(_size(), None)
+    """Bytes asked for and not yet received, over all connections; None = 2 MiB on this machine, else 16 MiB."""
     connect_timeout: float = _option(_seconds, 10.0)
     """Seconds for an attempt to connect, and for all of them until one succeeds."""
     inactivity_timeout: float = _option(_seconds, 30.0)

@@ -139,9 +139,9 @@ class StoreReader:
                 return len(data)
 
             if self._values:
-                return _core.PythonTransport(read_range, max(options.connections, options.threads))
+                return _core.PythonTransport(read_range, max(connector.connections, options.threads))
 
-            return _core.PythonTransport(read_value, max(options.connections, options.threads))
+            return _core.PythonTransport(read_value, max(connector.connections, options.threads))
         assert isinstance(connector, FileConnector)
         return _core.PythonTransport(connector.read_into, options.threads)
 
@@ -151,7 +151,7 @@ class StoreReader:
             assert isinstance(connector, KeyValueConnector)
             if type(connector).get_range is KeyValueConnector.get_range:  # each range would cost the whole value
                 return _core.PlanLimits(whole_chunks=False, read_bytes=1 << 62)
-            share = max(1, self._connector.options.bytes_in_flight // self._connector.options.connections)
+            share = max(1, connector.bytes_in_flight // connector.connections)
             return _core.PlanLimits(whole_chunks=False, read_bytes=min(READ_BYTES, share))
         # A connector written in Python reads values whole.
         whole = self._verify or self.transport().path == "python"

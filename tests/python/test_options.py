@@ -57,7 +57,7 @@ def test_text_and_values_give_the_same(name: str, text: str, value: object) -> N
         ("connections", "2.0"),
         ("connections", "٣"),
         ("connections", "9" * 5000),
-        ("connections", None),
+        ("threads", None),
         ("bytes_in_flight", "16 Mx"),
         ("bytes_in_flight", "-1"),
         ("bytes_in_flight", 0),

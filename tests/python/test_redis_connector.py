@@ -433,3 +433,21 @@ def test_close_ends_the_attempts() -> None:
             closed_while_busy(open_redis(server.url("m"), retry_timeout=60), lambda: tried.wait(20))
         finally:
             logging.getLogger("rdmaload").removeHandler(handler)
+
+
+@pytest.mark.parametrize(
+    ("url", "connections", "bytes_in_flight"),
+    [
+        ("redis://127.0.0.1/m", 1, 2 << 20),
+        ("redis://[::1]/m", 1, 2 << 20),
+        ("redis://localhost/m", 1, 2 << 20),
+        ("redis+unix:///run/redis.sock?model=m", 1, 2 << 20),
+        ("redis://10.0.0.5/m", 4, 16 << 20),
+        ("redis://store.example/m", 4, 16 << 20),
+        ("redis://127.0.0.1/m?connections=3&bytes_in_flight=1MiB", 3, 1 << 20),
+        ("redis://10.0.0.5/m?connections=1", 1, 16 << 20),
+    ],
+)
+def test_how_much_is_in_flight_depends_on_where_the_store_is(url: str, connections: int, bytes_in_flight: int) -> None:
+    connector = open_redis(url)
+    assert (connector.connections, connector.bytes_in_flight) == (connections, bytes_in_flight)

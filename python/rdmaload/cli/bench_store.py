@@ -90,8 +90,7 @@ class Bench:
             # Also brings a file into the page cache: what is measured here is warm.
             scratch = model.load(rank=self._rank, include=names, stats=self._stats)
             kind = self._kind()
-            options = connector.options
-            configured = options.connections if kind == "server" else options.threads
+            configured = connector.connections if kind == "server" else connector.options.threads
             counts = sorted({*self._connections, configured})
             readers = {count: stack.enter_context(self._reader(model, count)) for count in counts}
             local = is_store and _is_local(self._location)
@@ -110,7 +109,7 @@ class Bench:
                 checksum=measured.get("checksum") if self._stats.verified_bytes else None,
                 stream=measured.get("stream"),
                 round_trip=round_trip,
-                bytes_in_flight=options.bytes_in_flight,
+                bytes_in_flight=connector.bytes_in_flight,
                 link=None if local or kind != "server" else _link_rate(self._location),
                 chunk_bytes=model.chunk_bytes,
                 huge_pages=_selected(_THP),

@@ -11,7 +11,6 @@ from rdmaload.cli.output import count_text, size_text
 
 if TYPE_CHECKING:
     from rdmaload.connectors.redis import RedisConnector
-    from rdmaload.options import Options
 
 __all__ = ["room_check", "server_checks"]
 
@@ -59,7 +58,7 @@ def server_checks(connector: RedisConnector) -> Iterator[Check]:
             "grant it to see limits that may end a load (ACL SETUSER ... +config|get)",
         )
         return
-    yield from _limits(settings, connector.options)
+    yield from _limits(settings, connector)
 
 
 def _number(facts: Mapping[str, str], name: str) -> int:
@@ -142,11 +141,11 @@ def _persistence(facts: Mapping[str, str], settings: Mapping[str, str]) -> Check
     return Check("persistence", "ok", f"{value}; models are gone when the server ends" if value == "off" else value)
 
 
-def _limits(settings: Mapping[str, str], options: Options) -> Iterator[Check]:
-    bytes_in_flight = options.bytes_in_flight
+def _limits(settings: Mapping[str, str], connector: RedisConnector) -> Iterator[Check]:
+    bytes_in_flight = connector.bytes_in_flight
     longest = _number(settings, "proto-max-bulk-len")
     if longest:
-        enough = longest >= (options.chunk_bytes or _DEFAULT_CHUNK_BYTES)
+        enough = longest >= (connector.options.chunk_bytes or _DEFAULT_CHUNK_BYTES)
         yield Check(
             "proto-max-bulk-len",
             "ok" if enough else "warn",

@@ -66,7 +66,7 @@ def _round_trip(connector: KeyValueConnector, probe: str) -> Check:
         times.append(time.perf_counter() - started)
     median = statistics.median(times)
     value = f"{median * 1000:.2f} ms (median of {_ROUND_TRIPS})"
-    in_flight = connector.options.bytes_in_flight
+    in_flight = connector.bytes_in_flight
     if in_flight / median < _ENOUGH_BYTES_PER_SECOND:
         wanted = median * _ENOUGH_BYTES_PER_SECOND / 2**20
         return Check(

@@ -33,6 +33,11 @@ __all__ = ["MODELS_KEY", "Connector", "FileConnector", "FileInfo", "KeyValueConn
 MODELS_KEY = "rdmaload:models"
 """Names of models in a store: a hint for listing, never relied on."""
 
+# What a sweep found best over loopback, where the server's thread and ours share caches and cores, and what hides a
+# round trip of some milliseconds elsewhere, with several flows where a network limits each (docs/performance.md).
+_NEAR = (1, 2 * 2**20)
+_FAR = (4, 16 * 2**20)
+
 _DELETE_BATCH = 1000  # keys per call: bounds memory here and the time that a store is busy with one request
 
 
@@ -63,6 +68,20 @@ class Connector(ABC):  # noqa: B024  (its two subclasses have the abstract metho
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def connections(self) -> int:
+        """Connections that one load holds: the option, or what suits where the store is."""
+        return self.options.connections or (_NEAR if self._is_near() else _FAR)[0]
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """Bytes asked for and not yet received, over all connections: a server buffers its replies."""
+        return self.options.bytes_in_flight or (_NEAR if self._is_near() else _FAR)[1]
+
+    def _is_near(self) -> bool:
+        """Whether the store is known to be on this machine."""
+        return False
 
     def close(self) -> None:
         """Give connections back. Idempotent; a subclass that holds something extends it."""

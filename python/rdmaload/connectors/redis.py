@@ -7,6 +7,7 @@ request that failed for want of a connection is sent again until `retry_timeout`
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import re
@@ -248,6 +249,14 @@ class RedisConnector(KeyValueConnector):
         self._sockets.end()
         self._client.connection_pool.disconnect(inuse_connections=False)
 
+    def _is_near(self) -> bool:
+        if self.location.scheme.endswith("+unix") or self._host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self._host).is_loopback
+        except ValueError:
+            return False  # a name, whose addresses only connecting would tell
+
     def native_transport(self) -> object | None:
         self._check_open()
         from rdmaload import _core
@@ -260,8 +269,8 @@ class RedisConnector(KeyValueConnector):
             password=self._password,
             db=options.db,
             protocol=options.protocol,
-            connections=options.connections,
-            bytes_in_flight=options.bytes_in_flight,
+            connections=self.connections,
+            bytes_in_flight=self.bytes_in_flight,
             connect_timeout=options.connect_timeout,
             inactivity_timeout=options.inactivity_timeout,
             name=self.url,
