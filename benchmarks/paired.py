@@ -56,7 +56,7 @@ __all__ = [
 
 TRIAL_SECONDS = 600.0
 RESAMPLES = 10_000
-_MEMORY_FACTOR = 2.5  # a loader that copies has its result and one more copy of it at once
+MEMORY_FACTOR = 2.5  # a loader that copies has its result and one more copy of it at once
 
 
 class TrialFailed(RuntimeError):
@@ -282,7 +282,7 @@ def compare(
     ours: Way, others: Sequence[Way], total_bytes: int, pairs: int, *, cold_memory: bool = False
 ) -> dict[str, object]:
     """Measure `ours` against each of `others`; ratios above 1 mean that `ours` is faster."""
-    memory_bytes = 0 if cold_memory else int(total_bytes * _MEMORY_FACTOR)
+    memory_bytes = 0 if cold_memory else int(total_bytes * MEMORY_FACTOR)
     for way in (ours, *others):
         check(way)
     comparisons: dict[str, dict[str, Any]] = {}

@@ -3,10 +3,11 @@
 // readv takes what the socket has of several replies. Prints one line of JSON; any unexpected byte ends the
 // program.
 //
-//   redis_ceiling HOST PORT KEYS CONNECTIONS BYTES_IN_FLIGHT [DUMP]
+//   redis_ceiling HOST PORT KEYS CONNECTIONS BYTES_IN_FLIGHT LOW_WATER [DUMP]
 //
 // KEYS has a line "key length" per chunk, in the order of their places. BYTES_IN_FLIGHT is over all
-// connections. DUMP is written after the clock has stopped. One thread per connection.
+// connections. LOW_WATER is SO_RCVLOWAT while there is more to ask for: 1 is the system's. DUMP is written
+// after the clock has stopped. One thread per connection.
 
 #include <netdb.h>
 #include <netinet/in.h>
@@ -72,8 +73,10 @@ struct Piece {
 class Connection {
  public:
   Connection(int fd, const std::vector<Chunk>& chunks, std::atomic<size_t>& next, char* arena,
-             size_t limit_bytes)
-      : fd_(fd), chunks_(chunks), next_(next), arena_(arena), limit_bytes_(limit_bytes) {}
+             size_t limit_bytes, int low_water)
+      : fd_(fd), chunks_(chunks), next_(next), arena_(arena), limit_bytes_(limit_bytes) {
+    set_low_water(low_water);
+  }
 
   void run() {
     request_more();
@@ -118,7 +121,10 @@ class Connection {
     std::string requests;
     while (in_flight_bytes_ < limit_bytes_) {
       const size_t number = next_.fetch_add(1, std::memory_order_relaxed);  // only counts
-      if (number >= chunks_.size()) break;
+      if (number >= chunks_.size()) {
+        set_low_water(1);
+        break;
+      }
       const Chunk& chunk = chunks_[number];
       requests += chunk.request;
       pieces_.push_back({Piece::kHeader, &chunk, chunk.header.size()});
@@ -132,6 +138,8 @@ class Connection {
       sent += static_cast<size_t>(now);
     }
   }
+
+  void set_low_water(int bytes) { setsockopt(fd_, SOL_SOCKET, SO_RCVLOWAT, &bytes, sizeof(bytes)); }
 
   int fd_;
   const std::vector<Chunk>& chunks_;
@@ -168,7 +176,9 @@ double cpu_seconds() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 6 && argc != 7) die("usage: redis_ceiling HOST PORT KEYS CONNECTIONS BYTES_IN_FLIGHT [DUMP]");
+  if (argc != 7 && argc != 8) {
+    die("usage: redis_ceiling HOST PORT KEYS CONNECTIONS BYTES_IN_FLIGHT LOW_WATER [DUMP]");
+  }
   const std::vector<Chunk> chunks = read_chunks(argv[3]);
   const auto connections = static_cast<size_t>(std::atoll(argv[4]));
   const size_t limit_bytes = std::max<size_t>(1, static_cast<size_t>(std::atoll(argv[5])) / connections);
@@ -185,15 +195,18 @@ int main(int argc, char** argv) {
 
   std::atomic<size_t> next{0};
   std::vector<std::thread> threads;
-  const auto work = [&] { Connection(connect_to(argv[1], argv[2]), chunks, next, arena, limit_bytes).run(); };
+  const int low_water = std::atoi(argv[6]);
+  const auto work = [&] {
+    Connection(connect_to(argv[1], argv[2]), chunks, next, arena, limit_bytes, low_water).run();
+  };
   for (size_t number = 1; number < connections; ++number) threads.emplace_back(work);
   work();
   for (std::thread& thread : threads) thread.join();
   const double cpu = cpu_seconds() - cpu_start;
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
 
-  if (argc == 7) {
-    std::ofstream dump(argv[6], std::ios::binary);
+  if (argc == 8) {
+    std::ofstream dump(argv[7], std::ios::binary);
     if (!dump.write(arena, static_cast<std::streamsize>(total)).flush()) die("dump");
   }
   std::printf("{\"seconds\": %.6f, \"cpu_seconds\": %.6f, \"bytes\": %zu}\n", seconds.count(), cpu, total);

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import checkpoints, machine, paired
-from benchmarks.redis_ceiling import Ceiling
+from benchmarks.redis_ceiling import Ceiling, Setting
 from tests.support.servers import RedisServer
 
 CHUNK_BYTES = [2**18 - 1024, 2**19 - 2048, 2**20 - 4096, 2**22 - 16384]
@@ -55,6 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.dir) as name, RedisServer() as server:
         directory = Path(name)
         checkpoint = checkpoints.llama_like(directory / "model", arguments.bytes)
+        memory_bytes = int(checkpoint.bytes * paired.MEMORY_FACTOR)
         programs: dict[int, Ceiling] = {}
         for chunk_bytes in arguments.chunk_bytes:
             model = f"chunks-of-{chunk_bytes}"
@@ -75,14 +76,14 @@ def main() -> None:
                 ceiling = paired.Way(
                     "ceiling",
                     lambda program=program, connections=connections, in_flight=in_flight: program.run(  # type: ignore[misc]
-                        connections, in_flight
+                        Setting(connections), in_flight // connections
                     ),
                     server_pid=lambda: server.pid,
                 )
                 with machine.server_congestion_control(congestion_control):
-                    ours[setting].trials.append(paired.measure(own))
+                    ours[setting].trials.append(paired.measure(own, memory_bytes))
                     if not arguments.no_ceiling:
-                        ceilings[setting].trials.append(paired.measure(ceiling))
+                        ceilings[setting].trials.append(paired.measure(ceiling, memory_bytes))
 
     rows = []
     for setting in settings:
