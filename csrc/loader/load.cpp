@@ -19,6 +19,12 @@ std::string hex(uint32_t value) {
   return text;
 }
 
+uint64_t bytes_to_queue(const LoadOptions& options, const LoadPlan& plan, const Transport& transport) {
+  uint64_t longest = 0;
+  for (const PlannedRead& read : plan.reads) longest = std::max(longest, read.length);
+  return std::max(options.queued_bytes, 2 * static_cast<uint64_t>(transport.connections()) * longest);
+}
+
 }  // namespace
 
 Load::Load(std::shared_ptr<Transport> transport, std::shared_ptr<const StoreLayout> layout,
@@ -28,6 +34,7 @@ Load::Load(std::shared_ptr<Transport> transport, std::shared_ptr<const StoreLayo
       plan_(std::move(plan)),
       regions_(std::move(regions)),
       options_(options),
+      queued_bytes_(bytes_to_queue(options_, *plan_, *transport_)),
       sequence_(next_sequence.fetch_add(1)),
       read_done_(plan_->reads.size()),
       started_(Clock::now()),
@@ -74,7 +81,7 @@ Load::Slot* Load::next_slot_locked() {
   if (next_read_ == plan_->reads.size() || !first_error_.ok() || cancelled()) return nullptr;
   const PlannedRead& planned = plan_->reads[next_read_];
   if (outstanding_ > 0 && (outstanding_ >= options_.queued_reads ||
-                           outstanding_bytes_ + planned.length > options_.queued_bytes)) {
+                           outstanding_bytes_ + planned.length > queued_bytes_)) {
     return nullptr;
   }
   if (idle_slots_.empty()) {
@@ -118,6 +125,9 @@ void Load::prepare(Slot& slot, const PlannedRead& planned) {
   slot.planned = &planned;
   slot.attempts = 0;
   slot.integrity_failures = 0;
+  slot.received = slot.received_before = 0;
+  slot.retry_after = {};
+  slot.reissues = 0;
 }
 
 // What a finished attempt amounts to: the transport's status, or a checksum that does not fit.
@@ -139,9 +149,14 @@ void Load::complete(Read& read, const Status& transport_status) noexcept {
     ++slot.attempts;
     counters_.copied_bytes += slot.copied_bytes;
     counters_.checksum_time += slot.checksum_time;
+    counters_.retries += slot.reissues;
+    if (slot.received > slot.received_before) last_progress_ = Clock::now();
     if (!status.ok() && may_retry_locked(slot, status)) {
       ++counters_.retries;
-      not_before = backoff_locked(slot.attempts);
+      not_before = std::max(backoff_locked(slot.attempts), Clock::now() + slot.retry_after);
+      const bool keep = status.code() == ErrorCode::kUnavailable || status.code() == ErrorCode::kTimeout;
+      if (!keep) slot.received = 0;  // some of it is wrong
+      slot.received_before = slot.received;
       next[0] = &slot;
     } else {
       if (status.ok()) {

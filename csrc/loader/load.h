@@ -30,7 +30,7 @@ struct LoadOptions {
   std::chrono::duration<double> retry_timeout{60};  // give up when nothing arrived for so long
   std::chrono::duration<double> timeout{1e9};       // the whole load
   // Reads handed to the transport ahead of need: enough to keep every connection's pipeline full, and eight
-  // direct readers of a file busy.
+  // direct readers of a file busy. At least two reads per connection are, whatever their size.
   uint64_t queued_bytes = 64 << 20;
   size_t queued_reads = 256;
 };
@@ -72,6 +72,7 @@ class Load final : private ReadOwner {
     int attempts = 0;
     int integrity_failures = 0;
     Clock::time_point first_failure;  // meaningful once attempts > 0
+    uint64_t received_before = 0;     // Read::received when this attempt began
   };
 
   void complete(Read& read, const Status& status) noexcept override;
@@ -89,6 +90,7 @@ class Load final : private ReadOwner {
   const std::shared_ptr<const LoadPlan> plan_;
   const std::vector<Region> regions_;
   const LoadOptions options_;
+  const uint64_t queued_bytes_;
   const uint64_t sequence_;
 
   std::atomic<bool> cancelled_{false};

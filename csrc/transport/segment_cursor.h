@@ -23,8 +23,25 @@ class SegmentCursor {
     read.checksum_time = {};
     skip_empty();
   }
+  // Goes on after the bytes that an earlier attempt left in place (Read::received), with their checksum.
+  static SegmentCursor resumed(Read& read) {
+    SegmentCursor cursor;
+    cursor.read_ = &read;
+    cursor.left_ = read.length - read.received;
+    if (read.received == 0) read.crc = 0;
+    read.copied_bytes = 0;
+    read.checksum_time = {};
+    cursor.skip_empty();
+    for (uint64_t skip = read.received; skip > 0;) {
+      const uint64_t size = std::min<uint64_t>(skip, read.segments[cursor.segment_].size - cursor.within_);
+      cursor.step(size);
+      skip -= size;
+    }
+    return cursor;
+  }
 
   uint64_t left() const noexcept { return left_; }
+  bool checksums() const noexcept { return read_->checksum; }
 
   // Fills `vectors` with the places of the next bytes, at most max_bytes of them. Dropped bytes go to
   // `scratch` (over and over: they are checksummed before the next call). Returns how many vectors were

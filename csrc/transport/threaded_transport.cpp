@@ -41,7 +41,7 @@ void ThreadedTransport::work() {
     if (read->owner->cancelled()) {
       status = cancelled_status();
     } else {
-      read->crc = 0;
+      if (read->received == 0) read->crc = 0;
       read->copied_bytes = 0;
       read->checksum_time = {};
       try {

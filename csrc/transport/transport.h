@@ -4,10 +4,12 @@
 // - submit() never blocks on I/O. A submitted read completes exactly once, through its owner; until then
 //   the transport may write to its segments, afterwards never again. A failed read may have written any
 //   part of its segments.
-// - A Read is one attempt. Whether and when to try again is the owner's decision (loader/load.h).
+// - A Read is one attempt. Whether and when to try again is the owner's decision (loader/load.h). A transport
+//   that can go on where a failed attempt stopped says so in `received`; the owner hands it back, or sets it
+//   to 0 to have everything read again.
 // - cancel(owner) makes every read of that owner complete soon, with kCancelled unless it was done already.
 // - Destroying a transport completes whatever is outstanding with kCancelled first.
-// - With `checksum` set, `crc` is the CRC32C of the bytes of this attempt in order, dropped ones included.
+// - With `checksum` set, `crc` is the CRC32C of the read's bytes in order, dropped ones included.
 #pragma once
 
 #include <cstddef>
@@ -42,11 +44,15 @@ struct Read {
   bool checksum = false;
   uint64_t priority = 0;  // lower first, where several owners' reads wait
   ReadOwner* owner = nullptr;
+  // Bytes at the front that failed attempts left in place, `crc` being theirs; other transports leave it 0.
+  uint64_t received = 0;
 
   // What became of it: valid in ReadOwner::complete().
   uint32_t crc = 0;
   uint64_t copied_bytes = 0;  // bytes a CPU moved again after they had reached user memory
   std::chrono::nanoseconds checksum_time{0};
+  std::chrono::milliseconds retry_after{0};  // the server asked not to be asked again before
+  uint32_t reissues = 0;                     // times that a stalled connection was given up within this attempt
 };
 
 class ReadOwner {

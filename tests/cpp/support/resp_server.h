@@ -71,6 +71,18 @@ class RespSession {
     return command;
   }
 
+  // What the client sends up to and with `end` (the empty line after a request's head, say); nullopt once it
+  // closed the connection or the server is stopped.
+  std::optional<std::string> receive_until(std::string_view end) {
+    size_t at;
+    while ((at = buffer_.find(end)) == std::string::npos) {
+      if (!fill(buffer_.size() + 1)) return std::nullopt;
+    }
+    std::string text = buffer_.substr(0, at + end.size());
+    buffer_.erase(0, text.size());
+    return text;
+  }
+
   // Whether a command (or the end of the connection) comes within this time.
   bool readable_within(int milliseconds) {
     if (!buffer_.empty()) return true;
