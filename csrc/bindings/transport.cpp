@@ -5,9 +5,11 @@
 #include <algorithm>
 #include <optional>
 
+#include "bindings/errors.h"
 #include "bindings/python_transport.h"
 #include "bindings/register.h"
 #include "transport/file_transport.h"
+#include "transport/http/http_transport.h"
 #include "transport/resp/resp_transport.h"
 #include "transport/tls.h"
 
@@ -54,6 +56,45 @@ std::shared_ptr<resp::RespTransport> make_resp(std::string host, int port,
   return released_on_delete(new resp::RespTransport({std::move(endpoint), connections, bytes_in_flight}));
 }
 
+// An Addresses function of Python: (object, refused) -> (url, headers, etag, proxy, proxy authorization,
+// seconds that it lasts or None).
+http::Addresses python_addresses(py::function function) {
+  // The last owner may go without the GIL.
+  const std::shared_ptr<py::function> held(new py::function(std::move(function)), [](py::function* doomed) {
+    py::gil_scoped_acquire acquire;
+    delete doomed;
+  });
+  return [held](const std::string& object, bool refused) {
+    py::gil_scoped_acquire acquire;
+    try {
+      using Headers = std::vector<std::pair<std::string, std::string>>;
+      using Answer =
+          std::tuple<std::string, Headers, std::string, std::string, std::string, std::optional<double>>;
+      auto [url, headers, etag, proxy, authorization, seconds] = py::cast<Answer>((*held)(object, refused));
+      return http::Address{std::move(url),
+                           std::move(headers),
+                           std::move(etag),
+                           std::move(proxy),
+                           std::move(authorization),
+                           Deadline::after(std::chrono::duration<double>(seconds.value_or(1e9))).when()};
+    } catch (const py::error_already_set& error) {
+      const Status status = status_of_exception(error);
+      throw Error(status.code(), status.message());
+    } catch (const py::cast_error&) {
+      throw Error(ErrorCode::kNotSupported, "the connector's address of '" + object + "' has the wrong form");
+    }
+  };
+}
+
+std::shared_ptr<http::HttpTransport> make_http(py::function addresses, int connections,
+                                               double connect_timeout, double inactivity_timeout,
+                                               double stall_timeout, std::string name) {
+  using Seconds = std::chrono::duration<double>;
+  return released_on_delete(
+      new http::HttpTransport({python_addresses(std::move(addresses)), connections, Seconds(connect_timeout),
+                               Seconds(inactivity_timeout), Seconds(stall_timeout), std::move(name)}));
+}
+
 }  // namespace
 
 void register_transport(py::module_& module) {
@@ -90,6 +131,11 @@ void register_transport(py::module_& module) {
            py::arg("protocol") = 2, py::arg("connections") = 2, py::arg("bytes_in_flight") = 4 << 20,
            py::arg("connect_timeout") = 10.0, py::arg("inactivity_timeout") = 30.0, py::arg("name") = "redis",
            py::arg("socket_path") = "", py::arg("tls") = nullptr);
+
+  py::class_<http::HttpTransport, Transport, std::shared_ptr<http::HttpTransport>>(module, "HttpTransport")
+      .def(py::init(&make_http), py::arg("addresses"), py::kw_only(), py::arg("connections") = 8,
+           py::arg("connect_timeout") = 10.0, py::arg("inactivity_timeout") = 30.0,
+           py::arg("stall_timeout") = 2.0, py::arg("name") = "http");
 
   py::class_<PythonTransport, Transport, std::shared_ptr<PythonTransport>>(module, "PythonTransport")
       .def(py::init([](py::function reader, int threads) {

@@ -19,12 +19,6 @@ std::string hex(uint32_t value) {
   return text;
 }
 
-uint64_t bytes_to_queue(const LoadOptions& options, const LoadPlan& plan, const Transport& transport) {
-  uint64_t longest = 0;
-  for (const PlannedRead& read : plan.reads) longest = std::max(longest, read.length);
-  return std::max(options.queued_bytes, 2 * static_cast<uint64_t>(transport.connections()) * longest);
-}
-
 }  // namespace
 
 Load::Load(std::shared_ptr<Transport> transport, std::shared_ptr<const StoreLayout> layout,
@@ -34,7 +28,7 @@ Load::Load(std::shared_ptr<Transport> transport, std::shared_ptr<const StoreLayo
       plan_(std::move(plan)),
       regions_(std::move(regions)),
       options_(options),
-      queued_bytes_(bytes_to_queue(options_, *plan_, *transport_)),
+      working_(static_cast<size_t>(std::max(1, transport_->connections()))),
       sequence_(next_sequence.fetch_add(1)),
       read_done_(plan_->reads.size()),
       started_(Clock::now()),
@@ -80,8 +74,9 @@ void Load::start() {
 Load::Slot* Load::next_slot_locked() {
   if (next_read_ == plan_->reads.size() || !first_error_.ok() || cancelled()) return nullptr;
   const PlannedRead& planned = plan_->reads[next_read_];
-  if (outstanding_ > 0 && (outstanding_ >= options_.queued_reads ||
-                           outstanding_bytes_ + planned.length > queued_bytes_)) {
+  // As many reads as the transport works on at once, whatever their size.
+  if (outstanding_ >= working_ && (outstanding_ >= options_.queued_reads ||
+                                   outstanding_bytes_ + planned.length > options_.queued_bytes)) {
     return nullptr;
   }
   if (idle_slots_.empty()) {

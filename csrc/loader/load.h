@@ -30,7 +30,7 @@ struct LoadOptions {
   std::chrono::duration<double> retry_timeout{60};  // give up when nothing arrived for so long
   std::chrono::duration<double> timeout{1e9};       // the whole load
   // Reads handed to the transport ahead of need: enough to keep every connection's pipeline full, and eight
-  // direct readers of a file busy. At least two reads per connection are, whatever their size.
+  // direct readers of a file busy. One per connection is, whatever its size.
   uint64_t queued_bytes = 64 << 20;
   size_t queued_reads = 256;
 };
@@ -90,7 +90,7 @@ class Load final : private ReadOwner {
   const std::shared_ptr<const LoadPlan> plan_;
   const std::vector<Region> regions_;
   const LoadOptions options_;
-  const uint64_t queued_bytes_;
+  const size_t working_;  // reads that the transport works on at once
   const uint64_t sequence_;
 
   std::atomic<bool> cancelled_{false};

@@ -67,6 +67,18 @@ class RespTransport(Transport):
         tls: TlsContext | None = None,
     ) -> None: ...
 
+class HttpTransport(Transport):
+    def __init__(
+        self,
+        addresses: Callable[[str, bool], tuple[str, Sequence[tuple[str, str]], str, str, str, float | None]],
+        *,
+        connections: int = 8,
+        connect_timeout: float = 10.0,
+        inactivity_timeout: float = 30.0,
+        stall_timeout: float = 2.0,
+        name: str = "http",
+    ) -> None: ...
+
 class PythonTransport(Transport):
     def __init__(self, reader: Callable[[str, int, memoryview], int], threads: int) -> None: ...
 

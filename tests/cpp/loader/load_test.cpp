@@ -249,6 +249,107 @@ TEST_CASE("a read larger than the bound goes alone, and behind it the queue fill
   CHECK(most == 10);
 }
 
+TEST_CASE("every connection has a read, however large they are") {
+  Fixture fixture(50);
+  const auto transport = std::make_shared<ManualTransport>(6);
+  LoadOptions options;
+  options.queued_bytes = 1;
+  fixture.make(transport, options);
+  fixture.load->start();
+  for (size_t served = 0; served < 50; ++served) {
+    CHECK(transport->waiting() == std::min<size_t>(6, 50 - served));
+    fixture.serve(transport->take());
+  }
+  CHECK(fixture.load->wait(now()));
+}
+
+TEST_CASE("what a failed attempt received is handed back, unless some of it was wrong") {
+  for (const ErrorCode code :
+       {ErrorCode::kUnavailable, ErrorCode::kTimeout, ErrorCode::kIntegrity, ErrorCode::kFormat}) {
+    Fixture fixture(2);
+    const auto transport = std::make_shared<ManualTransport>();
+    fixture.make(transport);
+    fixture.load->start();
+    Read* first = transport->take();
+    Read* second = transport->take();
+    REQUIRE(second != nullptr);
+    CHECK(first->received == 0);
+    first->received = 60;
+    first->reissues = 3;
+    finish(first, Status(code, "cut"));
+    Read* again = transport->take();
+    REQUIRE(again == first);
+    CHECK(again->received == (code == ErrorCode::kUnavailable || code == ErrorCode::kTimeout ? 60 : 0));
+    again->reissues = 0;
+    again->received = kChunk;
+    fixture.serve(again);
+    fixture.serve(second);
+    CHECK(fixture.load->wait(now()));
+    CHECK(fixture.load->counters().retries == 4);
+  }
+}
+
+TEST_CASE(
+    "a whole read with a wrong checksum is read again from its beginning, and the next read begins at its "
+    "own") {
+  Fixture fixture(3);
+  const auto transport = std::make_shared<ManualTransport>();
+  LoadOptions options;
+  options.queued_reads = 1;
+  fixture.make(transport, options);
+  fixture.load->start();
+  Read* first = transport->take();
+  deliver(*first, fixture.model.object(first->object));
+  first->received = kChunk;
+  first->crc ^= 1;
+  finish(first);
+  for (int i = 0; i < 3; ++i) {
+    Read* read = transport->take();
+    REQUIRE(read != nullptr);
+    CHECK(read->received == 0);
+    read->received = kChunk;
+    fixture.serve(read);
+  }
+  CHECK(fixture.load->wait(now()));
+  CHECK(fixture.holds_everything());
+}
+
+TEST_CASE("a read is not tried again before the server wants to be asked") {
+  Fixture fixture(1);
+  const auto transport = std::make_shared<ManualTransport>();
+  fixture.make(transport);
+  fixture.load->start();
+  Read* read = transport->take();
+  read->retry_after = std::chrono::seconds(7);
+  const auto before = Clock::now();
+  finish(read, Status(ErrorCode::kUnavailable, "SlowDown"));
+  const auto [again, not_before] = transport->take_timed();
+  CHECK(not_before >= before + std::chrono::seconds(7));
+  fixture.serve(again);
+  CHECK(fixture.load->wait(now()));
+}
+
+TEST_CASE("bytes of an unfinished read are progress, which restarts the retry time-out") {
+  Fixture fixture(1);
+  const auto transport = std::make_shared<ManualTransport>();
+  LoadOptions options;
+  options.retry_timeout = std::chrono::milliseconds(50);
+  fixture.make(transport, options);
+  fixture.load->start();
+  const auto begin = Clock::now();
+  uint64_t received = 0;
+  while (Clock::now() - begin < std::chrono::milliseconds(200) && received < kChunk - 1) {
+    Read* read = transport->take();
+    REQUIRE(read != nullptr);
+    read->received = ++received;
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    finish(read, Status(ErrorCode::kUnavailable, "cut"));
+  }
+  fixture.serve(transport->take());
+  CHECK(fixture.load->wait(now()));
+  CHECK(fixture.status().ok());
+}
+
 TEST_CASE("kUnavailable and kTimeout are tried again, later and later, until they pass") {
   Fixture fixture(2);
   const auto transport = std::make_shared<ManualTransport>();

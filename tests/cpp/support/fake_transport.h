@@ -22,6 +22,7 @@ namespace rdmaload::testing {
 // on the thread that it likes. A read counts as in flight once taken, as waiting before.
 class ManualTransport final : public Transport {
  public:
+  explicit ManualTransport(int connections = 1) : connections_(connections) {}
   using Transport::submit;
   void submit(Read& read, Clock::time_point not_before) override {
     std::lock_guard lock(mutex_);
@@ -43,7 +44,7 @@ class ManualTransport final : public Transport {
     complete_all_cancelled(removed);
   }
   std::string_view path() const noexcept override { return "manual"; }
-  int connections() const noexcept override { return 1; }
+  int connections() const noexcept override { return connections_; }
 
   // The next read that was submitted and when it may start; a null read when none comes soon.
   std::pair<Read*, Clock::time_point> take_timed() {
@@ -68,6 +69,7 @@ class ManualTransport final : public Transport {
     Read* read;
     Clock::time_point not_before;
   };
+  const int connections_;
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<Submitted> waiting_;  // Guarded by mutex_.
