@@ -88,11 +88,12 @@ http::Addresses python_addresses(py::function function) {
 
 std::shared_ptr<http::HttpTransport> make_http(py::function addresses, int connections,
                                                double connect_timeout, double inactivity_timeout,
-                                               double stall_timeout, std::string name) {
+                                               double stall_timeout, std::shared_ptr<const TlsContext> tls,
+                                               std::string name) {
   using Seconds = std::chrono::duration<double>;
-  return released_on_delete(
-      new http::HttpTransport({python_addresses(std::move(addresses)), connections, Seconds(connect_timeout),
-                               Seconds(inactivity_timeout), Seconds(stall_timeout), std::move(name)}));
+  return released_on_delete(new http::HttpTransport(
+      {python_addresses(std::move(addresses)), connections, Seconds(connect_timeout),
+       Seconds(inactivity_timeout), Seconds(stall_timeout), std::move(tls), std::move(name)}));
 }
 
 }  // namespace
@@ -135,7 +136,7 @@ void register_transport(py::module_& module) {
   py::class_<http::HttpTransport, Transport, std::shared_ptr<http::HttpTransport>>(module, "HttpTransport")
       .def(py::init(&make_http), py::arg("addresses"), py::kw_only(), py::arg("connections") = 8,
            py::arg("connect_timeout") = 10.0, py::arg("inactivity_timeout") = 30.0,
-           py::arg("stall_timeout") = 2.0, py::arg("name") = "http");
+           py::arg("stall_timeout") = 2.0, py::arg("tls") = py::none(), py::arg("name") = "http");
 
   py::class_<PythonTransport, Transport, std::shared_ptr<PythonTransport>>(module, "PythonTransport")
       .def(py::init([](py::function reader, int threads) {

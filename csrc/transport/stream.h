@@ -25,9 +25,14 @@ class Stream {
     Socket socket = address.socket_path.empty()
                         ? Socket::connect(address.host, address.port, deadline, give_up)
                         : Socket::connect_unix(address.socket_path, deadline, give_up);
+    return over(std::move(socket), tls, address.host, deadline, give_up);
+  }
+  // The same over a connection that was made already, through a proxy say.
+  static Stream over(Socket socket, const TlsContext* tls, const std::string& host, Deadline deadline,
+                     const GiveUp& give_up) {
     Stream stream;
     if (tls != nullptr) {
-      stream.tls_.emplace(std::move(socket), *tls, address.host, deadline, give_up);
+      stream.tls_.emplace(std::move(socket), *tls, host, deadline, give_up);
     } else {
       stream.socket_ = std::move(socket);
     }

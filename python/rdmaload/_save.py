@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 from rdmaload._sglang_save import SglangSave
 from rdmaload.connectors import FileConnector, KeyValueConnector, connector_for
 from rdmaload.connectors.local import LocalConnector
+from rdmaload.connectors.objects import ObjectConnector
 from rdmaload.errors import (
     FormatError,
     LoadTimeoutError,
@@ -34,6 +35,7 @@ from rdmaload.files_save import save_files
 from rdmaload.index import DEFAULT_CHUNK_BYTES, index_key
 from rdmaload.journal import SAVE_ID, SaveKeys, encode_part
 from rdmaload.manifest import GENERATION_PATTERN, Manifest, utc_now
+from rdmaload.object_save import save_objects
 from rdmaload.options import Options
 from rdmaload.publish import Publisher
 from rdmaload.sglang_state import engine_state
@@ -137,6 +139,10 @@ def save(
                 attempt = _KeyValueSave(connector, model, rank, save_id, overwrite=overwrite, watch=watch)
                 with _Deadline(watch, attempt.interrupt):
                     stats = attempt.run()
+            elif isinstance(connector, ObjectConnector):
+                stats = save_objects(
+                    connector, model, rank=rank, overwrite=overwrite, writer=_writer(), tick=watch.tick
+                )
             elif isinstance(connector, FileConnector):
                 _check_places(source, connector)
                 save_files(

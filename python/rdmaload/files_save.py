@@ -16,7 +16,7 @@ from rdmaload.index import DEFAULT_CHUNK_BYTES
 from rdmaload.sources import Source, SourceModel, rank_of_path
 from rdmaload.threads import run_in_threads
 
-__all__ = ["save_files"]
+__all__ = ["existing_files", "is_ours_to_remove", "refuse_existing", "save_files", "save_phase"]
 
 _log = logging.getLogger("rdmaload")
 
@@ -49,33 +49,40 @@ def save_files(
             tied,
         )
     paths = {source.path for source in model.files}
-    existing = _existing(connector)
+    existing = existing_files(connector)
     if not overwrite:
-        there = sorted(path for path in existing if path in paths or (rank is None and _is_weight(path)))
-        if there:
-            raise AlreadyExistsError(
-                f"{connector.url} holds {there[0]} and overwrite=False. Save elsewhere, or remove the old model first.",
-                url=connector.url,
-                key=there[0],
-            )
+        refuse_existing(connector, existing, paths, rank)
     writer = _Writer(connector, model.chunk_bytes or DEFAULT_CHUNK_BYTES, tick)
     files = [source for source in model.files if not (rank and source.header is None and source.path in existing)]
     for phase in range(3):
-        writer.write([source for source in files if _phase(source) == phase], threads)
+        writer.write([source for source in files if save_phase(source) == phase], threads)
     model.check_unchanged()
     for path in sorted(existing - paths):
-        if _is_ours_to_remove(path, rank, model.world_size):
+        if is_ours_to_remove(path, rank, model.world_size):
             connector.delete(path)
 
 
-def _existing(connector: FileConnector) -> set[str]:
+def refuse_existing(connector: FileConnector, existing: set[str], paths: set[str], rank: int | None) -> None:
+    """Raise AlreadyExistsError when a file of the model, or an older model's weights, are there."""
+    there = sorted(path for path in existing if path in paths or (rank is None and _is_weight(path)))
+    if there:
+        raise AlreadyExistsError(
+            f"{connector.url} holds {there[0]} and overwrite=False. Save elsewhere, or remove the old model first.",
+            url=connector.url,
+            key=there[0],
+        )
+
+
+def existing_files(connector: FileConnector) -> set[str]:
+    """The paths that are there; none where there is no model."""
     try:
         return {info.path for info in connector.list_files()}
     except NotFoundError:
         return set()
 
 
-def _phase(source: Source) -> int:
+def save_phase(source: Source) -> int:
+    """0 to 2: weights, plain files, and what readers look at first."""
     if source.header is not None:
         return 0
     return 2 if source.path == "config.json" or source.path.endswith(_INDEX_SUFFIX) else 1
@@ -86,7 +93,8 @@ def _is_weight(path: str) -> bool:
     return "/" not in path and path.endswith((".safetensors", _INDEX_SUFFIX))
 
 
-def _is_ours_to_remove(path: str, rank: int | None, world_size: int) -> bool:
+def is_ours_to_remove(path: str, rank: int | None, world_size: int) -> bool:
+    """Whether a file of an older model goes when this one is saved."""
     if rank is None:
         return _is_weight(path)
     # Other ranks write here at the same time: only what is named after this rank, or after one

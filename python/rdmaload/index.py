@@ -9,7 +9,7 @@ files it has. The bytes (little-endian) are
     meta_bytes = u32
     meta       = JSON, UTF-8: {"chunk_bytes":N,"files":[file,...]}
     file       = {"header_bytes":N,"number":N,"path":S,"rank":N|null,"size":N,"tied":{alias:name}}
-                 "tied" is absent when empty
+                 "tied" is absent when empty; "etag":S beside files in an object store
     crcs       = u32 per chunk, file by file, ceil(size / chunk_bytes) of them per file
     headers    = the JSON header of each file with header_bytes > 0, without its 8-byte length
 
@@ -63,6 +63,7 @@ _PREFIX = struct.Struct("<8sII")
 _HEADER_LENGTH = struct.Struct("<Q")
 _SHARD_NAME = re.compile(r"model-rank-(0|[1-9][0-9]{0,8})-part-[0-9]+\.safetensors", re.ASCII)
 
+_ETAG = re.compile(r"[!-~]{1,1024}", re.ASCII)
 _FILE_FIELDS = frozenset({"path", "size", "number", "rank", "header_bytes"})
 
 
@@ -98,7 +99,7 @@ class IndexFile:
     first_chunk: int = 0
     """Where this file's checksums start in `Index.crcs`, counted in chunks."""
     etag: str | None = None
-    """Changes when the content does, in a store of plain files that has such a thing; not stored."""
+    """Changes when the content does, in a store of plain files that has such a thing."""
 
     key: str | None = None
     """The value that is the whole file, in a key-value store that keeps it so; not stored."""
@@ -190,6 +191,8 @@ class Index:
             }
             if file.tied:
                 entry["tied"] = dict(file.tied)
+            if file.etag is not None:
+                entry["etag"] = file.etag
             files.append(entry)
             if file.header is not None:
                 headers.append(file.header)
@@ -252,7 +255,9 @@ class Index:
         for entry in entries:
             header = data[at : at + entry.header_bytes] if entry.header_bytes else None
             at += entry.header_bytes
-            files.append(IndexFile(entry.path, entry.size, entry.number, entry.rank, header, entry.tied, chunks))
+            files.append(
+                IndexFile(entry.path, entry.size, entry.number, entry.rank, header, entry.tied, chunks, entry.etag)
+            )
             chunks += -(-entry.size // chunk_bytes)
         _check_files(files)
         return cls(tuple(files), chunk_bytes, crcs)
@@ -345,6 +350,7 @@ class _Entry:
     rank: int | None
     header_bytes: int
     tied: Mapping[str, str]
+    etag: str | None
 
 
 def _parse_meta(meta: bytes) -> tuple[int, list[_Entry]]:
@@ -369,7 +375,7 @@ def _parse_meta(meta: bytes) -> tuple[int, list[_Entry]]:
 
 
 def _parse_entry(entry: object) -> _Entry:
-    if not isinstance(entry, dict) or entry.keys() - {"tied"} != _FILE_FIELDS:
+    if not isinstance(entry, dict) or entry.keys() - {"tied", "etag"} != _FILE_FIELDS:
         _refuse("a file has fields that this version does not know, or lacks one")
     path, rank, tied = entry["path"], entry["rank"], entry.get("tied", {})
     if not isinstance(path, str):
@@ -381,7 +387,11 @@ def _parse_entry(entry: object) -> _Entry:
     number = _check_int(entry["number"], "number", 0, MAX_SIZE_BYTES)
     if rank is not None:
         rank = _check_int(rank, "rank", 0, MAX_RANK)
-    return _Entry(path, size, number, rank, header_bytes, tied)
+    etag = entry.get("etag")
+    # It becomes a header of requests.
+    if "etag" in entry and not (isinstance(etag, str) and _ETAG.fullmatch(etag)):
+        _refuse(f"the ETag of {path[:200]!r} does not look like one")
+    return _Entry(path, size, number, rank, header_bytes, tied, etag)
 
 
 def _check_files(files: Sequence[IndexFile]) -> None:

@@ -27,8 +27,9 @@ from rdmaload.errors import (
     RdmaloadError,
     UnavailableError,
 )
+from rdmaload.file_manifest import resolve_files
 from rdmaload.generations import resolve_any
-from rdmaload.index import IndexFile, index_of_files
+from rdmaload.index import IndexFile
 from rdmaload.manifest import Manifest
 from rdmaload.reader import StoreReader
 from rdmaload.report import ProgressCallback, Report
@@ -77,11 +78,7 @@ class Model:
         if isinstance(connector, KeyValueConnector):
             self._manifest, self._index = resolve_any(connector)
         elif isinstance(connector, FileConnector):
-            if connector.options.generation is not None:
-                raise NotSupportedError(
-                    f"{connector.url} keeps plain files, which have no generations", url=connector.url
-                )
-            self._index = index_of_files(connector)
+            self._manifest, self._index = resolve_files(connector)
         else:
             raise NotSupportedError(f"{type(connector).__name__} is neither a KeyValueConnector nor a FileConnector")
         self._reader = StoreReader(connector, self._index, self.generation)

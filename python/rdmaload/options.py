@@ -11,9 +11,10 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from rdmaload.errors import AuthenticationError, UrlError
@@ -186,6 +187,18 @@ class Options:
     """PEM file of its key, not encrypted; None = it is in `client_cert_file`."""
     server_name: str | None = _option(_text, None)
     """Name that a TLS server is asked for (SNI) and must have in its certificate; None = the url's host."""
+    endpoint_url: str | None = _option(_text, None)
+    """Where an object store is, such as http://127.0.0.1:9000; None = what boto3 finds."""
+    region: str | None = _option(_text, None)
+    """Region of a bucket; None = what boto3 finds, or where the bucket says that it is."""
+    profile: str | None = _option(_text, None)
+    """Profile of the AWS configuration files; None = what boto3 finds."""
+    unsigned: bool = _option(_flag, False)
+    """True asks an object store without credentials, for public buckets."""
+    addressing_style: Literal["auto", "path", "virtual"] = _option(_one_of("auto", "path", "virtual"), "auto")
+    """Whether a bucket's name is part of the path or of the host; "auto" is what boto3 chooses."""
+    stall_timeout: float = _option(_seconds, 2.0)
+    """Seconds without a byte after which the rest of a range is asked for on another http connection."""
     verify_tls: bool = _option(_flag, True)
     """False accepts any TLS server, and is logged."""
 
@@ -201,13 +214,15 @@ class Options:
         options: Options | None = None,
         *,
         also: Collection[str] = (),
+        defaults: Mapping[str, object] = MappingProxyType({}),
         **keywords: object,
     ) -> Options:
         """The options that `url`, `options` and `keywords` give together.
 
         Keywords replace what `options` says. The url must agree with both: a name with two
         different values is a UrlError, and so is an unknown name (with the nearest known one) or a
-        value of the wrong type. `also` are names of the query that the connector reads by itself. A
+        value of the wrong type. `also` are names of the query that the connector reads by itself,
+        `defaults` what holds where nobody says anything. A
         user and a password in the url are options too.
         """
         where = f" in {url.redacted}"
@@ -226,7 +241,7 @@ class Options:
         for name, value in from_url.items():
             if name in given and given[name] != value:
                 raise _conflict(name, value, given[name], url)
-        merged = replace(cls(), **given, **{name: from_url[name] for name in from_url.keys() - given.keys()})
+        merged = replace(cls(), **{**defaults, **from_url, **given})
         sources = [name for name in ("password", "password_file", "password_env") if getattr(merged, name)]
         if len(sources) > 1:
             raise UrlError(f"{' and '.join(sources)} are given for {url.redacted}; keep one", url=url.redacted)

@@ -266,7 +266,7 @@ class StoreReader:
         if self._values and isinstance(self._connector, KeyValueConnector):
             check_unchanged(self._connector, [self._values[file] for file in plan.files])
             return
-        if not self._etags or not isinstance(self._connector, FileConnector):
+        if not self._etags or not isinstance(self._connector, FileConnector) or self._connector.pins_versions:
             return
         now = {info.path: info.etag for info in self._connector.list_files()}
         for path, etag in self._etags.items():

@@ -20,8 +20,7 @@ constexpr size_t kHeadPieceBytes = 1 << 10;
 
 }  // namespace
 
-Connection::Connection(std::unique_ptr<Stream> stream)
-    : stream_(std::move(stream)), scratch_(kScratchBytes) {}
+Connection::Connection(Stream stream) : stream_(std::move(stream)), scratch_(kScratchBytes) {}
 
 const ResponseHead& Connection::request(std::string_view text, const Patience& patience) {
   answered_ = false;
@@ -56,12 +55,12 @@ const ResponseHead& Connection::request(std::string_view text, const Patience& p
 void Connection::send(std::string_view text, const Patience& patience) {
   const Deadline silent = Deadline::after(patience.silence);
   while (!text.empty()) {
-    const size_t sent = stream_->try_send(std::as_bytes(std::span(text)));
+    const size_t sent = stream_.try_send(std::as_bytes(std::span(text)));
     text.remove_prefix(sent);
     if (sent > 0) continue;
     if (patience.give_up()) throw Error(ErrorCode::kCancelled, "the read was cancelled");
     if (silent.passed()) throw Error(ErrorCode::kTimeout, "the server does not take the request");
-    stream_->wait(false, true, silent.poll_milliseconds(kPollMilliseconds));
+    stream_.wait(false, true, silent.poll_milliseconds(kPollMilliseconds));
   }
 }
 
@@ -69,12 +68,12 @@ size_t Connection::receive_some(std::span<iovec> vectors, const Patience& patien
   const Deadline silent = Deadline::after(patience.silence);
   for (;;) {
     if (patience.give_up()) throw Error(ErrorCode::kCancelled, "the read was cancelled");
-    if (const size_t got = stream_->try_receive(vectors); got > 0) {
+    if (const size_t got = stream_.try_receive(vectors); got > 0) {
       answered_ = true;
       return got;
     }
     if (silent.passed()) throw Error(ErrorCode::kTimeout, "no byte came in time");
-    stream_->wait(true, false, silent.poll_milliseconds(kPollMilliseconds));
+    stream_.wait(true, false, silent.poll_milliseconds(kPollMilliseconds));
   }
 }
 
@@ -151,7 +150,7 @@ std::string Connection::receive_text(size_t limit, const Patience& patience) {
 bool Connection::reusable() {
   if (!head_.keep_alive || !body_ended_ || until_close_ || in_used_ != in_.size()) return false;
   try {
-    return !stream_->wait(true, false, 0);  // readable: closed, or bytes that nobody asked for
+    return !stream_.wait(true, false, 0);  // readable: closed, or bytes that nobody asked for
   } catch (const Error&) {
     return false;
   }

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <functional>
-#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -13,8 +12,8 @@
 #include "core/deadline.h"
 #include "memory/host_arena.h"
 #include "transport/http/response.h"
-#include "transport/http/stream.h"
 #include "transport/segment_cursor.h"
+#include "transport/stream.h"
 
 namespace rdmaload::http {
 
@@ -26,7 +25,7 @@ struct Patience {
 
 class Connection {
  public:
-  explicit Connection(std::unique_ptr<Stream> stream);
+  explicit Connection(Stream stream);
 
   // Sends a request without a body and receives the head of its response; interim ones (1xx) are skipped.
   const ResponseHead& request(std::string_view text, const Patience& patience);
@@ -50,7 +49,7 @@ class Connection {
   void find_payload(const Patience& patience);
   void moved(uint64_t bytes);
 
-  std::unique_ptr<Stream> stream_;
+  Stream stream_;
   HostArena scratch_;
   std::string in_;  // received and not yet used: a head, framing, the start of a body
   size_t in_used_ = 0;

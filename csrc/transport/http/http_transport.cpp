@@ -37,18 +37,18 @@ void append_header(std::string& request, std::string_view name, std::string_view
 // An address in the form that requests are made of, with the redirects that were followed.
 struct HttpTransport::Place {
   Address address;
-  Url url;
-  std::optional<Url> proxy;
+  Route route;
   bool redirected = false;
+  const Url& url() const { return route.server; }
 };
 
 // Connections that wait for their next request, the last used first.
 class HttpTransport::Pool {
  public:
-  std::unique_ptr<Connection> take(const Url& server) {
+  std::unique_ptr<Connection> take(const Route& route) {
     std::vector<std::unique_ptr<Connection>> dropped;  // closed without the lock
     std::lock_guard lock(mutex_);
-    auto& idle = idle_[key_of(server)];
+    auto& idle = idle_[route.key()];
     while (!idle.empty()) {
       Idle last = std::move(idle.back());
       idle.pop_back();
@@ -58,10 +58,10 @@ class HttpTransport::Pool {
     }
     return nullptr;
   }
-  void give_back(const Url& server, std::unique_ptr<Connection> connection) {
+  void give_back(const Route& route, std::unique_ptr<Connection> connection) {
     if (!connection->reusable()) return;
     std::lock_guard lock(mutex_);
-    idle_[key_of(server)].push_back({Clock::now(), std::move(connection)});
+    idle_[route.key()].push_back({Clock::now(), std::move(connection)});
   }
 
  private:
@@ -69,7 +69,6 @@ class HttpTransport::Pool {
     Clock::time_point since;
     std::unique_ptr<Connection> connection;
   };
-  static std::string key_of(const Url& server) { return (server.tls ? "s" : "") + server.authority(); }
 
   std::mutex mutex_;
   std::map<std::string, std::vector<Idle>> idle_;  // Guarded by mutex_.
@@ -111,8 +110,9 @@ std::shared_ptr<const HttpTransport::Place> HttpTransport::renewed(const std::st
   }
   auto place = std::make_shared<Place>();
   place->address = options_.addresses(object, refused);
-  place->url = parse_url(place->address.url);
-  if (!place->address.proxy.empty()) place->proxy = parse_url(place->address.proxy);
+  place->route.server = parse_url(place->address.url);
+  if (!place->address.proxy.empty()) place->route.proxy = parse_url(place->address.proxy);
+  place->route.proxy_authorization = place->address.proxy_authorization;
   std::lock_guard lock(mutex_);
   places_[object] = place;
   return place;
@@ -121,14 +121,14 @@ std::shared_ptr<const HttpTransport::Place> HttpTransport::renewed(const std::st
 std::shared_ptr<const HttpTransport::Place> HttpTransport::redirected(
     const std::string& object, const std::shared_ptr<const Place>& from, const std::string& location) {
   auto place = std::make_shared<Place>(*from);
-  place->url = resolve_location(from->url, location);
+  place->route.server = resolve_location(from->url(), location);
   place->redirected = true;
-  if (from->url.tls && !place->url.tls) {
-    throw Error(ErrorCode::kNotSupported, "the server redirects from https to " + place->url.shown() +
+  if (from->url().tls && !place->url().tls) {
+    throw Error(ErrorCode::kNotSupported, "the server redirects from https to " + place->url().shown() +
                                               ", which anyone on the way could change");
   }
   // Credentials are for the server that they were given for.
-  if (!place->url.same_server(from->url)) place->address.headers.clear();
+  if (!place->url().same_server(from->url())) place->address.headers.clear();
   std::lock_guard lock(mutex_);
   auto& known = places_[object];
   if (known == from) known = place;
@@ -160,31 +160,31 @@ Status HttpTransport::fetch(Read& read, SegmentCursor& cursor) {
   bool has_renewed = false;
   int redirects = 0;
   for (;;) {
-    const Url& server = place->proxy ? *place->proxy : place->url;
-    std::unique_ptr<Connection> connection = pool_->take(server);
+    const Route& route = place->route;
+    std::unique_ptr<Connection> connection = pool_->take(route);
     const bool reused = connection != nullptr;
     try {
       if (!connection) {
         connection = std::make_unique<Connection>(
-            connect_stream(server, Deadline::after(options_.connect_timeout), give_up));
+            connect(route, options_.tls.get(), Deadline::after(options_.connect_timeout), give_up));
       }
       const ResponseHead& head = connection->request(request_text(read, cursor, *place), patience);
       if (head.status == 206) {
         Status wrong = check_range(read, cursor, *place, head);
         if (!wrong.ok()) return wrong;
         while (cursor.left() > 0) connection->receive(cursor, patience);
-        pool_->give_back(server, std::move(connection));
+        pool_->give_back(route, std::move(connection));
         return Status();
       }
       // The whole object may follow a 200: not even the beginning of it is of use.
       const std::string body = head.status == 200 ? "" : connection->receive_text(kErrorBodyBytes, patience);
       const ResponseHead answer = head;
-      pool_->give_back(server, std::move(connection));
+      pool_->give_back(route, std::move(connection));
       if (is_redirect(answer.status) && !answer.location.empty()) {
         if (++redirects > kMaxRedirects) {
           return Status(ErrorCode::kUnavailable, context(read) + ": more than " +
                                                      std::to_string(kMaxRedirects) +
-                                                     " redirects, the last to " + place->url.shown());
+                                                     " redirects, the last to " + place->url().shown());
         }
         place = redirected(read.object, place, answer.location);
         continue;
@@ -210,7 +210,7 @@ Status HttpTransport::fetch(Read& read, SegmentCursor& cursor) {
       if (reused && !connection->answered() && error.code() == ErrorCode::kUnavailable) continue;
       if (error.code() != ErrorCode::kTimeout) throw;
       if (patience.silence >= options_.inactivity_timeout) {
-        throw Error(ErrorCode::kTimeout, place->url.authority() + ": no byte came for " +
+        throw Error(ErrorCode::kTimeout, place->url().authority() + ": no byte came for " +
                                              std::to_string(options_.inactivity_timeout.count()) +
                                              " s (inactivity_timeout)");
       }
@@ -226,9 +226,9 @@ std::string HttpTransport::request_text(const Read& read, const SegmentCursor& c
   const uint64_t first = read.offset + (read.length - cursor.left());
   const uint64_t last = read.offset + read.length - 1;
   std::string text = "GET ";
-  if (place.proxy) text += "http://" + place.url.authority();
-  text += place.url.target + " HTTP/1.1\r\n";
-  append_header(text, "Host", place.url.authority());
+  if (place.route.by_whole_url()) text += "http://" + place.url().authority();
+  text += place.url().target + " HTTP/1.1\r\n";
+  append_header(text, "Host", place.url().authority());
   append_header(text, "User-Agent", "rdmaload");
   append_header(text, "Accept", "*/*");
   append_header(text, "Accept-Encoding",
@@ -238,7 +238,7 @@ std::string HttpTransport::request_text(const Read& read, const SegmentCursor& c
   if (!place.address.etag.empty() && !place.address.etag.starts_with("W/")) {
     append_header(text, "If-Match", place.address.etag);
   }
-  if (place.proxy && !place.address.proxy_authorization.empty()) {
+  if (place.route.by_whole_url() && !place.address.proxy_authorization.empty()) {
     append_header(text, "Proxy-Authorization", place.address.proxy_authorization);
   }
   for (const auto& [name, value] : place.address.headers) append_header(text, name, value);
@@ -286,7 +286,7 @@ Status HttpTransport::check_range(const Read& read, const SegmentCursor& cursor,
 Status HttpTransport::refusal(const Read& read, const Place& place, const ResponseHead& head,
                               const ErrorDocument& document) const {
   std::string said =
-      context(read) + " (" + place.url.shown() + "): the server answered " + std::to_string(head.status);
+      context(read) + " (" + place.url().shown() + "): the server answered " + std::to_string(head.status);
   if (!document.code.empty()) said += " " + document.code;
   if (!document.message.empty()) said += ", \"" + document.message + "\"";
   switch (head.status) {

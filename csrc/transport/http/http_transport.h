@@ -18,7 +18,7 @@
 #include <vector>
 
 #include "transport/http/connection.h"
-#include "transport/http/url.h"
+#include "transport/http/route.h"
 #include "transport/threaded_transport.h"
 
 namespace rdmaload::http {
@@ -43,6 +43,7 @@ struct TransportOptions {
   std::chrono::duration<double> connect_timeout{10};
   std::chrono::duration<double> inactivity_timeout{30};
   std::chrono::duration<double> stall_timeout{2};  // doubles with every time that a read is asked for again
+  std::shared_ptr<const TlsContext> tls;           // null: https is refused
   std::string name;                                // for messages: the url without secrets
 };
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 import itertools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, ClassVar
 
 from rdmaload.errors import FormatError, NotFoundError, NotSupportedError, UnavailableError
@@ -46,6 +46,9 @@ class Connector(ABC):  # noqa: B024  (its two subclasses have the abstract metho
 
     url_options: ClassVar[frozenset[str]] = frozenset()
     """Query names that only this connector knows; it finds their text in `self.location.query`."""
+
+    default_options: ClassVar[Mapping[str, object]] = MappingProxyType({})
+    """Options whose default suits this kind of store better than the general one; `connector_for` applies them."""
 
     def __init__(self, url: Url, options: Options | None = None) -> None:
         self.location = url
@@ -261,6 +264,18 @@ class FileInfo:
 
 class FileConnector(Connector):
     """A store of files by path; paths are relative to the model, with `/`."""
+
+    keeps_manifest: ClassVar[bool] = False
+    """Whether a manifest and an index may lie beside the files; `read_small` reads them."""
+    pins_versions: ClassVar[bool] = False
+    """Whether a read of a file that was replaced after `pin` fails, so that nobody need look again."""
+
+    def pin(self, etags: Mapping[str, str]) -> None:
+        """From now on read these versions of files (ETag by path) or fail with IntegrityError."""
+
+    def read_small(self, path: str) -> bytes | None:
+        """A whole small file; None when there is none."""
+        raise NotSupportedError(f"{self.url} keeps no manifest", url=self.url)
 
     @abstractmethod
     def list_files(self) -> Sequence[FileInfo]:

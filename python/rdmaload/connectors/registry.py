@@ -32,6 +32,7 @@ _BUILT_IN = {
     "redis+cluster": _REDIS,
     "redis+sentinel": _REDIS,
     "rdma": _REDIS,
+    "s3": "rdmaload.connectors.s3:S3Connector",
     "valkey": _REDIS,
     "valkeys": _REDIS,
     "valkey+unix": _REDIS,
@@ -94,4 +95,5 @@ def connector_for(url: str | PathLike[str] | Url, options: Options | None = None
     """
     parsed = parse_url(url)
     cls = connector_class(parsed.scheme)
-    return cls(parsed, Options.resolve(parsed, options, also=cls.url_options, **keywords))
+    resolved = Options.resolve(parsed, options, also=cls.url_options, defaults=cls.default_options, **keywords)
+    return cls(parsed, resolved)

@@ -142,9 +142,36 @@ struct HttpStore {
   }
 };
 
+struct HttpsStore {
+  static constexpr size_t kMostCopiedBytes = 1024;
+  static constexpr bool kKnowsSizes = true;
+  testing::TempDir directory;
+  testing::Certificate authority = testing::make_certificate({"authority", ""});
+  testing::TlsSide side{{testing::make_certificate({}, &authority)}};
+  testing::HttpStore store;
+  testing::HttpServer server{[this](testing::HttpSession& session, int) { store.serve(session); },
+                             "127.0.0.1", side.wrap()};
+  void put(const std::string& object, const std::vector<std::byte>& bytes) {
+    store.put("/" + object, testing::text_of(bytes));
+  }
+  std::unique_ptr<Transport> open(int connections) {
+    http::TransportOptions options;
+    const std::string base = "https://" + server.address() + ":" + std::to_string(server.port()) + "/";
+    options.addresses = [base](const std::string& object, bool) {
+      return http::Address{base + object, {}, "", "", "", Clock::time_point::max()};
+    };
+    options.connections = connections;
+    options.name = "https://test";
+    TlsOptions tls;
+    tls.ca_file = testing::write_pem(directory, "ca.pem", authority.x509.get());
+    options.tls = std::make_shared<TlsContext>(tls);
+    return std::make_unique<http::HttpTransport>(std::move(options));
+  }
+};
+
 #define FOR_EVERY_TRANSPORT(name)                                                                 \
   TEST_CASE_TEMPLATE(name, Store, MemoryStore, AutoFileStore, BufferedFileStore, DirectFileStore, \
-                     RespStore<2>, RespStore<3>, UnixRespStore, TlsRespStore, HttpStore)
+                     RespStore<2>, RespStore<3>, UnixRespStore, TlsRespStore, HttpStore, HttpsStore)
 
 Clock::time_point much_later() { return Clock::now() + std::chrono::hours(1); }
 

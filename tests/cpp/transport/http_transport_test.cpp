@@ -7,6 +7,8 @@
 #include "core/crc32c.h"
 #include "support/http_server.h"
 #include "support/reads.h"
+#include "support/temp_dir.h"
+#include "support/tls_server.h"
 #include "transport/http/http_transport.h"
 
 namespace rdmaload::http {
@@ -462,6 +464,50 @@ TEST_CASE("a proxy is asked for the whole url, with its own credentials") {
   CHECK(seen.target == "http://store.invalid/o?sig=SECRET");
   CHECK(seen.header("host") == "store.invalid");
   CHECK(seen.header("proxy-authorization") == "Basic eDp5");
+}
+
+TEST_CASE("https goes through a proxy as a tunnel, which sees neither the request nor its secrets") {
+  rdmaload::testing::TempDir directory;
+  const auto authority = rdmaload::testing::make_certificate({"authority", ""});
+  rdmaload::testing::TlsSide side{{rdmaload::testing::make_certificate({}, &authority)}};
+  // Proxy and server in one: after CONNECT the same connection speaks TLS, so the tunnel is one hop shorter.
+  for (const int answer : {200, 407, 502}) {
+    std::string seen;
+    HttpServer proxy([&](HttpSession& session, int) {
+      const auto asked = session.receive_until("\r\n\r\n");
+      if (!asked) return;
+      seen = *asked;
+      session.send("HTTP/1.1 " + std::to_string(answer) + " answer\r\n\r\n");
+      session.wait_for_close();
+    });
+    TransportOptions options = options_for(proxy);
+    TlsOptions tls;
+    tls.ca_file = rdmaload::testing::write_pem(directory, "ca.pem", authority.x509.get());
+    options.tls = std::make_shared<TlsContext>(tls);
+    options.connect_timeout = 4 * kMilliseconds50;
+    options.addresses = [&](const std::string&, bool) {
+      return Address{"https://store.invalid/o?sig=SECRET",
+                     {},
+                     "",
+                     "http://" + proxy.address() + ":" + std::to_string(proxy.port()),
+                     "Basic eDp5",
+                     Clock::time_point::max()};
+    };
+    RecordingOwner owner;
+    TestRead prepared("o", 100, owner);
+    {
+      HttpTransport transport(std::move(options));
+      transport.Transport::submit(prepared.read);
+      REQUIRE(owner.wait_for(1));
+    }
+    const ErrorCode code = owner.status_of(prepared.read).code();
+    CHECK(code == (answer == 200   ? ErrorCode::kTimeout  // this one never says a word of TLS
+                   : answer == 407 ? ErrorCode::kAuthentication
+                                   : ErrorCode::kUnavailable));
+    CHECK(seen.starts_with("CONNECT store.invalid:443 HTTP/1.1\r\n"));
+    CHECK(seen.find("Proxy-Authorization: Basic eDp5") != std::string::npos);
+    CHECK(seen.find("SECRET") == std::string::npos);
+  }
 }
 
 TEST_CASE("https in a build without TLS is refused by name, and a header cannot smuggle another") {

@@ -1,0 +1,75 @@
+"""Stores of objects that are written whole or in parts, such as S3: what saving to them needs beside FileConnector."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Protocol
+
+from rdmaload.connectors.connector import FileConnector
+
+__all__ = ["ObjectConnector", "Upload"]
+
+# S3 takes parts of 5 MiB to 5 GiB and at most 10,000 of them. Two chunks of the default size.
+_PART_BYTES = 16 * 2**20
+_MAX_PARTS = 10_000
+
+
+class Upload(Protocol):
+    """A file on its way in parts; it appears with `finish`, or never. Any thread may send, in any order."""
+
+    def send(self, number: int, data: bytes | bytearray) -> None:
+        """Send one part; they count from 1, and all but the last have the same size."""
+
+    def finish(self) -> str:
+        """Make the file appear, in place of an older one; its ETag."""
+
+    def abort(self) -> None:
+        """Drop what was sent. Never raises."""
+
+
+class ObjectConnector(FileConnector):
+    """A store of objects; a manifest lies beside the files of a model that we saved."""
+
+    keeps_manifest = True
+
+    @abstractmethod
+    def put(self, path: str, data: bytes | bytearray) -> str:
+        """Write a file in one request; its ETag."""
+
+    @abstractmethod
+    def begin_upload(self, path: str) -> Upload:
+        """Begin to write a file in parts."""
+
+    def part_bytes(self, size: int, chunk_bytes: int) -> int:
+        """Bytes per part of a file of `size` bytes: whole chunks, so that each is read and checksummed once."""
+        wanted = max(_PART_BYTES, -(-size // _MAX_PARTS))
+        return -(-wanted // chunk_bytes) * chunk_bytes
+
+    def write(self, path: str, size: int, blocks: Iterable[memoryview]) -> None:
+        part_bytes = self.part_bytes(size, 1)
+        upload: Upload | None = None
+        pending, written, number = bytearray(), 0, 0
+        try:
+            for block in blocks:
+                view = block.cast("B")
+                pending += view
+                written += len(view)
+                if len(pending) >= part_bytes:
+                    if upload is None:
+                        upload = self.begin_upload(path)
+                    number += 1
+                    upload.send(number, pending)
+                    pending = bytearray()
+            if written != size:
+                raise ValueError(f"{path}: {written} bytes were given for a file of {size}")
+            if upload is None:
+                self.put(path, pending)
+                return
+            if pending:
+                upload.send(number + 1, pending)
+            upload.finish()
+        except BaseException:
+            if upload is not None:
+                upload.abort()
+            raise

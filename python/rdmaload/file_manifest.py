@@ -1,0 +1,74 @@
+"""The manifest and the index of a model whose store keeps plain files: beside them where there is one, else a listing."""
+
+from __future__ import annotations
+
+from rdmaload.connectors.connector import FileConnector
+from rdmaload.errors import IntegrityError, NotFoundError, NotSupportedError, StaleGenerationError
+from rdmaload.index import Index, index_of_files
+from rdmaload.manifest import Manifest
+
+__all__ = ["FILE_MANIFEST", "file_index_path", "resolve_files"]
+
+FILE_MANIFEST = ".rdmaload/manifest"
+"""Where the manifest lies beside the files of an object store."""
+
+
+def file_index_path(generation: str) -> str:
+    """Where the index of a generation lies beside the files of an object store."""
+    return f".rdmaload/{generation}/index"
+
+
+def resolve_files(connector: FileConnector) -> tuple[Manifest | None, Index]:
+    """The manifest and index beside a store's files; None and what a listing says where there is no manifest.
+
+    The connector is pinned to the versions of the files that the index names, so that a file that was replaced is an
+    error and not half of another model.
+    """
+    manifest = None
+    if connector.keeps_manifest:
+        manifest, index = _manifest_and_index(connector)
+    if manifest is None:
+        if connector.options.generation is not None:
+            raise NotSupportedError(f"{connector.url} keeps plain files, which have no generations", url=connector.url)
+        if connector.options.manifest_sha256 is not None:
+            raise NotSupportedError(
+                f"{connector.url} has no manifest to compare with manifest_sha256", url=connector.url
+            )
+        connector.pin({})
+        index = index_of_files(connector)
+    connector.pin({file.path: file.etag for file in index.files if file.etag is not None})
+    return manifest, index
+
+
+def _manifest_and_index(connector: FileConnector) -> tuple[Manifest | None, Index]:
+    options, url = connector.options, connector.url
+    for attempt in range(2):  # a save may replace both between the two reads
+        value = connector.read_small(FILE_MANIFEST)
+        if value is None:
+            return None, Index(())
+        manifest = Manifest.decode(value, url=url, key=FILE_MANIFEST)
+        if options.generation is not None and manifest.generation != options.generation:
+            raise StaleGenerationError(
+                f"{url}: generation {options.generation} is gone; generation {manifest.generation} has replaced it. "
+                "Every rank must start again from the new one",
+                url=url,
+                key=FILE_MANIFEST,
+            )
+        digest = Manifest.sha256(value)
+        if options.manifest_sha256 is not None and digest != options.manifest_sha256:
+            raise IntegrityError(
+                f"{url}: the manifest has SHA-256 {digest}, manifest_sha256= asks for {options.manifest_sha256}: it is "
+                "another model or was tampered with",
+                url=url,
+                key=FILE_MANIFEST,
+            )
+        key = file_index_path(manifest.generation)
+        encoded = connector.read_small(key)
+        if encoded is not None:
+            manifest.check_index(encoded, url=url, key=key)
+            return manifest, Index.decode(encoded)
+        if attempt:
+            break
+    raise NotFoundError(
+        f"{url}: the manifest names an index {key} that is gone; save the model again", url=url, key=key
+    )

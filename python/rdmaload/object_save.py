@@ -1,0 +1,311 @@
+"""Save into an object store: plain file names, uploaded in parallel parts, and a manifest with checksums beside them.
+
+Objects are replaced one by one, and the manifest last: who opens the model meanwhile finds the old manifest, whose
+files are pinned to their versions, and gets a clear error rather than a mix. Files that an interrupted save of the
+same content finished are not sent again: notes under `.rdmaload/saving/` say which, until the manifest is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+from rdmaload._core import crc32c
+from rdmaload.connectors.objects import ObjectConnector, Upload
+from rdmaload.errors import IntegrityError, NotFoundError
+from rdmaload.files_save import existing_files, is_ours_to_remove, refuse_existing, save_phase
+from rdmaload.file_manifest import FILE_MANIFEST, file_index_path
+from rdmaload.index import Index, IndexFile
+from rdmaload.manifest import Manifest
+from rdmaload.sources import Source, SourceModel
+from rdmaload.stats import SaveStats
+from rdmaload.threads import run_in_threads
+
+__all__ = ["DEFAULT_OBJECT_CHUNK_BYTES", "save_objects"]
+
+_log = logging.getLogger("rdmaload")
+
+# What is asked for at once, verified and tried again. A request to an object store costs tens of milliseconds, so
+# that chunks are larger than a key-value store's.
+DEFAULT_OBJECT_CHUNK_BYTES = 8 * 2**20
+
+_U32_BYTES = 4
+
+
+def save_objects(
+    connector: ObjectConnector,
+    model: SourceModel,
+    *,
+    rank: int | None,
+    overwrite: bool,
+    writer: str,
+    tick: Callable[[int, int], None],
+) -> SaveStats:
+    """Write the files of `model`, then the manifest, then remove weight files of an older model.
+
+    Of a sharded model each rank writes its own weight files, and no manifest: the ranks would have to wait for each
+    other. One of an older model is removed, as it would say that these files are damaged.
+    """
+    paths = {source.path for source in model.files}
+    existing = existing_files(connector)
+    if not overwrite:
+        refuse_existing(connector, existing, paths, rank)
+    with_manifest = rank is None
+    before = connector.read_small(FILE_MANIFEST)
+    if not with_manifest and before is not None:
+        connector.delete(FILE_MANIFEST)
+    chunk_bytes = connector.options.chunk_bytes or DEFAULT_OBJECT_CHUNK_BYTES
+    sources = [source for source in model.files if not (rank and source.header is None and source.path in existing)]
+    notes = _Notes(connector, chunk_bytes)
+    uploads = _Writer(connector, notes, chunk_bytes, tick)
+    for phase in range(3):
+        uploads.write([source for source in sources if save_phase(source) == phase])
+    model.check_unchanged()
+    stats = SaveStats(
+        published=True,
+        connections=connector.options.threads,
+        skipped_bytes=uploads.skipped_bytes,
+    )
+    if with_manifest:
+        stats.generation = _publish(connector, model, uploads.index(sources), writer)
+    notes.remove()
+    if before is not None and with_manifest:
+        _remove_index_of(connector, before)
+    for path in sorted(existing - paths):
+        if is_ours_to_remove(path, rank, model.world_size):
+            connector.delete(path)
+    return stats
+
+
+def _publish(connector: ObjectConnector, model: SourceModel, index: Index, writer: str) -> str:
+    value = index.encode()
+    generation = secrets.token_hex(16)
+    manifest = Manifest.of(
+        value,
+        generation=generation,
+        files=len(index.files),
+        bytes=index.total_bytes,
+        writer=writer,
+        kind=model.kind,
+        world_size=model.world_size,
+        layout=model.layout,
+        identity=model.identity,
+    )
+    connector.put(file_index_path(generation), value)
+    connector.put(FILE_MANIFEST, manifest.encode())
+    return generation
+
+
+def _remove_index_of(connector: ObjectConnector, manifest: bytes) -> None:
+    try:
+        generation = Manifest.decode(manifest).generation
+    except ValueError as err:  # damaged, or of a newer release: it is replaced now
+        _log.info("%s: the manifest that was replaced could not be read: %s", connector.url, err)
+        return
+    connector.delete(file_index_path(generation))
+
+
+class _Notes:
+    """Which files an interrupted save of the same content has finished."""
+
+    def __init__(self, connector: ObjectConnector, chunk_bytes: int) -> None:
+        self._connector = connector
+        self._chunk_bytes = chunk_bytes
+        self._lock = threading.Lock()
+        self._written: set[str] = set()  # Guarded by _lock.
+
+    def find(self, source: Source, etags: dict[str, str | None]) -> tuple[str, bytes] | None:
+        """ETag and checksums of a file that needs not be sent again."""
+        if source.fingerprint() is None:
+            return None
+        path = self._path(source)
+        value = self._connector.read_small(path)
+        if value is None:
+            return None
+        with self._lock:
+            self._written.add(path)
+        try:
+            note = json.loads(value)
+            etag, crcs = str(note["etag"]), bytes.fromhex(note["crcs"])
+            same = note["content"] == self._content(source)
+        except (ValueError, KeyError, TypeError):
+            return None
+        chunks = -(-source.size // self._chunk_bytes)
+        if not same or etags.get(source.path) != etag or len(crcs) != _U32_BYTES * chunks:
+            return None
+        return etag, crcs
+
+    def write(self, source: Source, etag: str, crcs: bytes) -> None:
+        if source.fingerprint() is None:
+            return
+        note = {"content": self._content(source), "etag": etag, "crcs": crcs.hex()}
+        path = self._path(source)
+        self._connector.put(path, json.dumps(note).encode())
+        with self._lock:
+            self._written.add(path)
+
+    def remove(self) -> None:
+        for path in sorted(self._written):
+            self._connector.delete(path)
+
+    def _content(self, source: Source) -> str:
+        return f"{source.path} {source.size} {source.fingerprint()} {self._chunk_bytes}"
+
+    @staticmethod
+    def _path(source: Source) -> str:
+        return f".rdmaload/saving/{hashlib.sha256(source.path.encode()).hexdigest()[:32]}"
+
+
+class _File:
+    """A source on its way: its upload, checksums, and how many parts are missing."""
+
+    def __init__(self, source: Source, chunk_bytes: int, part_bytes: int) -> None:
+        self.source = source
+        self.part_bytes = part_bytes
+        self.parts = max(1, -(-source.size // part_bytes))
+        self.crcs = bytearray(_U32_BYTES * -(-source.size // chunk_bytes))  # Each part's slots have one writer.
+        self.lock = threading.Lock()
+        self.begun = False  # Guarded by lock, as are upload and skipped until the first part is sent.
+        self.upload: Upload | None = None
+        self.skipped = False
+        self.etag = ""
+        self.left = self.parts  # Guarded by lock.
+
+
+class _Writer:
+    """Sends lists of files; threads take the next part of any file."""
+
+    def __init__(
+        self, connector: ObjectConnector, notes: _Notes, chunk_bytes: int, tick: Callable[[int, int], None]
+    ) -> None:
+        self._connector = connector
+        self._notes = notes
+        self._chunk_bytes = chunk_bytes
+        self._tick = tick
+        self._etags: dict[str, str | None] | None = None
+        self._lock = threading.Lock()
+        self._done: dict[str, _File] = {}  # Guarded by _lock, as are the next three.
+        self._bytes_done = 0
+        self._files_done = 0
+        self.skipped_bytes = 0
+
+    def index(self, sources: Sequence[Source]) -> Index:
+        """What is in the store now."""
+        files = []
+        crcs = []
+        for number, source in enumerate(sorted(sources, key=lambda source: source.path)):
+            done = self._done[source.path]
+            files.append(
+                IndexFile(
+                    source.path, source.size, number, source.rank, source.header, source.tied, etag=done.etag or None
+                )
+            )
+            crcs.append(bytes(done.crcs))
+        return Index.of(files, chunk_bytes=self._chunk_bytes, crcs=b"".join(crcs))
+
+    def write(self, sources: Sequence[Source]) -> None:
+        if not sources:
+            return
+        if self._etags is None:
+            self._etags = _etags_of(self._connector)
+        files = [
+            _File(source, self._chunk_bytes, self._connector.part_bytes(source.size, self._chunk_bytes))
+            for source in sources
+        ]
+        tasks = self._tasks(files)
+
+        def work(stop: threading.Event) -> None:
+            while not stop.is_set():
+                with self._lock:
+                    task = next(tasks, None)
+                if task is None:
+                    return
+                self._send(*task)
+
+        count = min(self._connector.options.threads, sum(file.parts for file in files))
+        try:
+            run_in_threads(
+                work, count, tick=lambda: self._tick(self._bytes_done, self._files_done), name="rdmaload-save"
+            )
+        except BaseException:
+            for file in files:
+                if file.upload is not None:
+                    file.upload.abort()
+            raise
+
+    @staticmethod
+    def _tasks(files: Sequence[_File]) -> Iterator[tuple[_File, int]]:
+        for file in files:
+            for part in range(file.parts):
+                yield file, part
+
+    def _send(self, file: _File, part: int) -> None:
+        self._begin(file)
+        source = file.source
+        data = bytearray(0 if file.skipped else min(file.part_bytes, source.size - part * file.part_bytes))
+        if not file.skipped:
+            self._read(file, part * file.part_bytes, data)
+            if file.upload is not None:
+                file.upload.send(part + 1, data)
+        with file.lock:
+            file.left -= 1
+            last = file.left == 0
+        with self._lock:
+            self._bytes_done += len(data)
+        if last:
+            self._finish(file, data)
+
+    def _begin(self, file: _File) -> None:
+        source = file.source
+        with file.lock:
+            if file.begun:
+                return
+            file.begun = True
+            found = self._notes.find(source, self._etags or {})
+            if found is not None:
+                file.etag, crcs = found
+                file.crcs[:] = crcs
+                file.skipped = True
+                with self._lock:
+                    self._bytes_done += source.size
+                    self.skipped_bytes += source.size
+            elif file.parts > 1:
+                file.upload = self._connector.begin_upload(source.path)
+
+    def _read(self, file: _File, offset: int, data: bytearray) -> None:
+        source, view = file.source, memoryview(data)
+        count = source.read_into(offset, view)
+        if count != len(view):
+            raise IntegrityError(
+                f"{source.path} ends at byte {offset + count} of {source.size}: it was cut while it was saved; "
+                "save again.",
+                url=self._connector.url,
+            )
+        for at in range(0, len(view), self._chunk_bytes):
+            slot = _U32_BYTES * ((offset + at) // self._chunk_bytes)
+            crc = crc32c(view[at : at + self._chunk_bytes])
+            file.crcs[slot : slot + _U32_BYTES] = crc.to_bytes(_U32_BYTES, "little")
+
+    def _finish(self, file: _File, data: bytearray) -> None:
+        source = file.source
+        source.check_unchanged()
+        if not file.skipped:
+            # One part: the whole file in one request.
+            file.etag = file.upload.finish() if file.upload is not None else self._connector.put(source.path, data)
+            file.upload = None
+            self._notes.write(source, file.etag, bytes(file.crcs))
+        source.close()
+        with self._lock:
+            self._done[source.path] = file
+            self._files_done += 1
+
+
+def _etags_of(connector: ObjectConnector) -> dict[str, str | None]:
+    try:
+        return {info.path: info.etag for info in connector.list_files()}
+    except NotFoundError:
+        return {}

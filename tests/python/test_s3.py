@@ -1,0 +1,455 @@
+"""Models in S3: against moto for what S3 answers, and against a server that does what no S3 should."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import rdmaload
+from rdmaload.connectors import connector_for
+from rdmaload.connectors.s3 import S3Connector
+from rdmaload.errors import (
+    AlreadyExistsError,
+    AuthenticationError,
+    IntegrityError,
+    LoadTimeoutError,
+    NotFoundError,
+    NotSupportedError,
+    StaleGenerationError,
+    UnavailableError,
+    UrlError,
+)
+from rdmaload.stats import LoadStats
+from tests.support.checkpoints import Checkpoint
+from tests.support.s3 import HttpObjects, Reply, Request, boto_client, moto_s3, s3_url
+
+
+@pytest.fixture(scope="module", autouse=True)
+def clean_environment() -> Iterator[None]:
+    """No credentials, profiles or proxies of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith("AWS_") or name.lower().endswith("_proxy"):
+                patch.delenv(name)
+        patch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        yield
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    with moto_s3("bucket") as found:
+        yield found
+
+
+@pytest.fixture
+def url(endpoint: str, model: str) -> str:
+    return s3_url(endpoint, "bucket", f"models/{model}")
+
+
+def put(endpoint: str, key: str, data: bytes) -> None:
+    client = boto_client(endpoint)
+    client.put_object(Bucket="bucket", Key=key, Body=data)
+    client.close()
+
+
+def upload(endpoint: str, model: str, checkpoint: Checkpoint) -> None:
+    """As another tool would: plain files, no manifest."""
+    for path in checkpoint.directory.iterdir():
+        put(endpoint, f"models/{model}/{path.name}", path.read_bytes())
+
+
+def objects_of(checkpoint: Checkpoint) -> dict[str, bytes]:
+    return {f"/bucket/m/{path.name}": path.read_bytes() for path in checkpoint.directory.iterdir()}
+
+
+def assert_loaded(state: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:
+    from safetensors.torch import load_file
+
+    expected: dict[str, torch.Tensor] = {}
+    for path in checkpoint.directory.glob("*.safetensors"):
+        expected |= load_file(path)
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert state[name].dtype == tensor.dtype
+        assert torch.equal(state[name].view(torch.uint8).reshape(-1), tensor.view(torch.uint8).reshape(-1)), name
+
+
+def test_plain_files_are_loaded_byte_equal_and_counted_as_unverified(
+    endpoint: str, url: str, model: str, tiny_checkpoint: Checkpoint
+) -> None:
+    upload(endpoint, model, tiny_checkpoint)
+    stats = LoadStats()
+    assert_loaded(rdmaload.load(url, stats=stats), tiny_checkpoint)
+    assert (stats.path, stats.connections, stats.generation) == ("http", 8, None)
+    assert stats.unverified_bytes == stats.read_bytes >= stats.bytes > 0
+    assert stats.verified_bytes == 0
+    with pytest.raises(IntegrityError, match="no checksums"):
+        rdmaload.load(url, verify="require")
+
+
+def test_a_saved_model_comes_back_verified_through_every_door(
+    url: str, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    saved = rdmaload.save(tiny_checkpoint.directory, url, chunk_bytes=100_000)
+    assert saved.published
+    stats = LoadStats()
+    assert_loaded(rdmaload.load(url, verify="require", stats=stats), tiny_checkpoint)
+    assert stats.generation == saved.generation is not None
+    assert stats.verified_bytes == stats.read_bytes > 0
+    assert stats.unverified_bytes == 0
+    assert_loaded(dict(rdmaload.weight_iterator(url, window_bytes=500_000)), tiny_checkpoint)
+    target = {name: torch.empty_like(tensor) for name, tensor in rdmaload.load(url).items()}
+    rdmaload.load_into(target, url)
+    assert_loaded(target, tiny_checkpoint)
+    pulled = rdmaload.pull_files(url, tmp_path / "pulled", allow_pattern="*")
+    for path in tiny_checkpoint.directory.iterdir():
+        assert (pulled / path.name).read_bytes() == path.read_bytes()
+    assert {path.name for path in pulled.iterdir()} == {path.name for path in tiny_checkpoint.directory.iterdir()}
+    with rdmaload.open(url, generation=saved.generation) as model:
+        assert model.kind == "checkpoint"
+        assert model.manifest is not None
+        model.verify()
+    with pytest.raises(StaleGenerationError):
+        rdmaload.open(url, generation="0" * 32)
+    with pytest.raises(IntegrityError, match="manifest_sha256"):
+        rdmaload.open(url, manifest_sha256="0" * 64)
+
+
+def test_a_state_dict_with_an_empty_tensor_goes_there_and_back(url: str) -> None:
+    source = {"a": torch.arange(1000.0), "empty": torch.empty(0, 3), "b": torch.ones(7, dtype=torch.bfloat16)}
+    rdmaload.save(source, url)
+    loaded = rdmaload.load(url)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in source.items())
+
+
+def test_large_files_go_in_parts_and_come_back_byte_equal(endpoint: str, url: str, model: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    content = random.Random(3).randbytes(40 * 2**20 + 12345)
+    (source / "big.bin").write_bytes(content)
+    (source / "empty.bin").write_bytes(b"")
+    rdmaload.save(source, url, threads=3)
+    client = boto_client(endpoint)
+    stored = client.get_object(Bucket="bucket", Key=f"models/{model}/big.bin")
+    assert stored["ETag"].endswith('-3"')  # 16 MiB, 16 MiB and the rest
+    assert stored["Body"].read() == content
+    assert client.list_multipart_uploads(Bucket="bucket").get("Uploads", []) == []
+    client.close()
+    pulled = rdmaload.pull_files(url, tmp_path / "pulled", allow_pattern="*")
+    assert (pulled / "big.bin").read_bytes() == content
+    assert (pulled / "empty.bin").read_bytes() == b""
+
+
+def test_an_interrupted_save_sends_finished_files_only_once(
+    endpoint: str, url: str, model: str, tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_object = S3Connector.put
+
+    def breaks(self: S3Connector, path: str, data: bytes | bytearray) -> str:
+        if path == "config.json":
+            raise UnavailableError("the network broke")
+        return put_object(self, path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(S3Connector, "put", breaks)
+        with pytest.raises(UnavailableError, match="broke"):
+            rdmaload.save(tiny_checkpoint.directory, url)
+    with connector_for(url) as connector:
+        assert isinstance(connector, S3Connector)
+        assert connector.read_small(".rdmaload/manifest") is None
+    stats = rdmaload.save(tiny_checkpoint.directory, url)
+    weights = sum(path.stat().st_size for path in tiny_checkpoint.directory.glob("*.safetensors"))
+    assert weights <= stats.skipped_bytes < stats.bytes
+    assert_loaded(rdmaload.load(url, verify="require"), tiny_checkpoint)
+    client = boto_client(endpoint)
+    keys = [entry["Key"] for entry in client.list_objects_v2(Bucket="bucket", Prefix=f"models/{model}/")["Contents"]]
+    client.close()
+    assert not [key for key in keys if "/saving/" in key]
+    assert len([key for key in keys if key.endswith("/index")]) == 1
+
+
+def test_a_failed_upload_leaves_no_parts_behind(
+    endpoint: str, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "big.bin").write_bytes(bytes(40 * 2**20))
+    from rdmaload.connectors import s3
+
+    send = s3._Upload.send
+
+    def breaks(self: s3._Upload, number: int, data: bytes | bytearray) -> None:
+        if number == 3:
+            raise UnavailableError("the network broke")
+        send(self, number, data)
+
+    monkeypatch.setattr(s3._Upload, "send", breaks)
+    with pytest.raises(UnavailableError, match="broke"):
+        rdmaload.save(source, url)
+    client = boto_client(endpoint)
+    assert client.list_multipart_uploads(Bucket="bucket").get("Uploads", []) == []
+    client.close()
+
+
+def test_saving_again_replaces_the_model_and_its_stale_files(endpoint: str, url: str, model: str) -> None:
+    rdmaload.save({"a": torch.ones(3)}, url)
+    put(endpoint, f"models/{model}/model-00002-of-00002.safetensors", b"old")
+    with pytest.raises(AlreadyExistsError):
+        rdmaload.save({"a": torch.zeros(3)}, url, overwrite=False)
+    rdmaload.save({"a": torch.zeros(3)}, url)
+    assert torch.equal(rdmaload.load(url)["a"], torch.zeros(3))
+    client = boto_client(endpoint)
+    keys = [entry["Key"] for entry in client.list_objects_v2(Bucket="bucket", Prefix=f"models/{model}/")["Contents"]]
+    client.close()
+    assert len(keys) == 3  # the file, the manifest, its index
+
+
+def test_ranks_of_a_sharded_model_save_side_by_side(url: str) -> None:
+    for rank in range(2):
+        rdmaload.save({"w": torch.full((4,), float(rank))}, url, rank=rank, world_size=2, save_id="one")
+    for rank in range(2):
+        assert torch.equal(rdmaload.load(url, rank=rank)["w"], torch.full((4,), float(rank)))
+
+
+def test_a_file_that_was_replaced_is_an_error_before_and_while_it_is_read(
+    endpoint: str, url: str, model: str, tiny_checkpoint: Checkpoint
+) -> None:
+    weights = sorted(tiny_checkpoint.directory.glob("*.safetensors"))[0]
+    for save in (rdmaload.save, None):
+        if save is None:
+            upload(endpoint, model, tiny_checkpoint)
+            client = boto_client(endpoint)
+            client.delete_object(Bucket="bucket", Key=f"models/{model}/.rdmaload/manifest")
+            client.close()
+        else:
+            save(tiny_checkpoint.directory, url)
+        with rdmaload.open(url) as opened:
+            changed = bytearray(weights.read_bytes())
+            changed[-1] ^= 1
+            put(endpoint, f"models/{model}/{weights.name}", bytes(changed))
+            with pytest.raises(IntegrityError, match="replaced") as caught:
+                opened.load()
+            assert caught.value.key == weights.name
+        put(endpoint, f"models/{model}/{weights.name}", weights.read_bytes())
+
+
+def test_flipped_bits_are_found_by_the_checksums(
+    tiny_checkpoint: Checkpoint, endpoint: str, url: str, model: str
+) -> None:
+    rdmaload.save(tiny_checkpoint.directory, url)
+    client = boto_client(endpoint)
+    objects = {}
+    for entry in client.list_objects_v2(Bucket="bucket", Prefix=f"models/{model}/")["Contents"]:
+        objects["/bucket/" + entry["Key"]] = client.get_object(Bucket="bucket", Key=entry["Key"])["Body"].read()
+    client.close()
+    wrong = 0
+
+    def flips(request: Request, honest: Reply) -> Reply:
+        nonlocal wrong
+        if honest.status == 206 and wrong < limit:
+            wrong += 1
+            honest.body = honest.body[:-1] + bytes([honest.body[-1] ^ 1])
+        return honest
+
+    with HttpObjects(objects, flips) as server:
+        bent = s3_url(server.endpoint, "bucket", f"models/{model}", addressing_style="path")
+        limit = 2
+        stats = LoadStats()
+        assert_loaded(rdmaload.load(bent, stats=stats), tiny_checkpoint)
+        assert stats.retries == 2
+        limit = 10**9
+        with pytest.raises(IntegrityError, match="CRC32C"):
+            rdmaload.load(bent)
+
+
+def test_keys_with_spaces_and_unicode_and_1500_of_them(endpoint: str, url: str, model: str, tmp_path: Path) -> None:
+    names = [f"files/nr {number}.txt" for number in range(1500)] + [
+        "ä ö/日本 +&?#%=.json",
+        "plus+plus.bin",
+        "a'b(c)!*.x",
+    ]
+    client = boto_client(endpoint)
+    for name in names:
+        client.put_object(Bucket="bucket", Key=f"models/{model}/{name}", Body=name.encode())
+    client.put_object(Bucket="bucket", Key=f"models/{model}/folder/", Body=b"")
+    client.put_object(Bucket="bucket", Key=f"models/{model}-other/x", Body=b"")
+    client.put_object(Bucket="bucket", Key=f"models/{model}/.git/config", Body=b"")
+    client.close()
+    with connector_for(url) as connector:
+        assert isinstance(connector, S3Connector)
+        assert [info.path for info in connector.list_files()] == sorted(names)
+    pulled = rdmaload.pull_files(url, tmp_path / "pulled", allow_pattern=["*.json", "plus*", "a'*", "files/nr 149*"])
+    found = {str(path.relative_to(pulled)): path.read_text() for path in pulled.rglob("*") if path.is_file()}
+    assert found == {name: name for name in names if "149" in name or "files" not in name}
+
+
+def test_what_is_not_there(endpoint: str, url: str) -> None:
+    with pytest.raises(NotFoundError, match="check bucket and prefix"):
+        rdmaload.open(url)
+    with pytest.raises(NotFoundError, match="NoSuchBucket"):
+        rdmaload.open(s3_url(endpoint, "no-such-bucket", "m"))
+
+
+def test_options_that_make_no_sense_are_refused(endpoint: str) -> None:
+    for text in ("s3:///m", "s3://b/m?username=x", "s3://b/m?addressing_style=sideways", "s3://b/m?unsigned=perhaps"):
+        with pytest.raises(UrlError):
+            connector_for(text)
+    with pytest.raises(UrlError, match="ca_file"):
+        connector_for("s3://b/m?endpoint_url=http://127.0.0.1&ca_file=/x")
+    with pytest.raises(UrlError, match="endpoint"):
+        rdmaload.open("s3://b/m?endpoint_url=nonsense", username="a", password="b")
+    with pytest.raises(AuthenticationError, match="profile"):
+        rdmaload.open("s3://b/m?profile=nobody")
+
+
+def test_without_credentials_it_says_how_to_get_them() -> None:
+    with HttpObjects({}) as server:
+        with pytest.raises(AuthenticationError, match="credentials"):
+            rdmaload.open(f"s3://bucket/m?endpoint_url={server.endpoint}&region=us-east-1")
+        assert server.requests == []
+
+
+def test_a_public_bucket_needs_none(tiny_checkpoint: Checkpoint) -> None:
+    with HttpObjects(objects_of(tiny_checkpoint)) as server:
+        url = f"s3://bucket/m?endpoint_url={server.endpoint}&unsigned=true&addressing_style=path&region=us-east-1"
+        assert_loaded(rdmaload.load(url), tiny_checkpoint)
+        assert not [request for request in server.requests if "Signature" in request.target]
+        assert not [request for request in server.requests if "authorization" in request.headers]
+
+
+def bent_url(server: HttpObjects, **options: object) -> str:
+    return s3_url(server.endpoint, "bucket", "m", addressing_style="path", **options)
+
+
+def test_a_storm_of_503_and_resets_ends_byte_equal(tiny_checkpoint: Checkpoint) -> None:
+    dice = random.Random(7)
+
+    def storm(request: Request, honest: Reply) -> Reply:
+        if honest.status != 206 or request.headers.get("user-agent") != "rdmaload":
+            return honest
+        throw = dice.random()
+        if throw < 0.2:
+            return Reply(503, {}, b"<Error><Code>SlowDown</Code></Error>", then=dice.choice(["go on", "close"]))
+        if throw < 0.5:
+            honest.cut = dice.randrange(len(honest.body))
+            honest.then = dice.choice(["close", "reset"])
+        return honest
+
+    with HttpObjects(objects_of(tiny_checkpoint), storm) as server:
+        for connections in (1, 4):
+            stats = LoadStats()
+            assert_loaded(rdmaload.load(bent_url(server, connections=connections), stats=stats), tiny_checkpoint)
+        assert stats.retries >= 1
+        # Bytes that arrived were not asked for again.
+        starts = [request.range[0] for request in server.requests if request.range and request.range[0] > 8]
+        assert len(starts) > 2 * 3
+
+
+def test_a_stalled_connection_is_replaced(tiny_checkpoint: Checkpoint) -> None:
+    stalled = 0
+
+    def stalls(request: Request, honest: Reply) -> Reply:
+        nonlocal stalled
+        if honest.status == 206 and request.headers.get("user-agent") == "rdmaload" and stalled < 2:
+            stalled += 1
+            honest.cut, honest.then = len(honest.body) // 2, "stall"
+        return honest
+
+    with HttpObjects(objects_of(tiny_checkpoint), stalls) as server:
+        stats = LoadStats()
+        assert_loaded(rdmaload.load(bent_url(server, stall_timeout=0.05), stats=stats), tiny_checkpoint)
+        assert stats.retries >= 2
+
+
+def test_a_store_that_never_answers_ends_in_time(tiny_checkpoint: Checkpoint) -> None:
+    def stalls(request: Request, honest: Reply) -> Reply:
+        if request.headers.get("user-agent") == "rdmaload":
+            honest.cut, honest.then = 0, "stall"
+        return honest
+
+    with HttpObjects(objects_of(tiny_checkpoint), stalls) as server:
+        url = bent_url(server, stall_timeout=0.05, inactivity_timeout=0.2, retry_timeout=0.3)
+        with pytest.raises(LoadTimeoutError, match="inactivity_timeout") as caught:
+            rdmaload.load(url)
+        assert "Signature" not in str(caught.value)
+        assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("lie", "error", "words"),
+    [
+        (lambda reply: Reply(200, {}, b"x" * 100), NotSupportedError, "does not support ranges"),
+        (lambda reply: Reply(206, {"Content-Range": "bytes 0-9/10"}, b"x" * 10), IntegrityError, "replaced"),
+        (lambda reply: Reply(206, {}, reply.body), None, "without saying which bytes"),
+        (lambda reply: Reply(206, {**reply.headers, "ETag": '"other"'}, reply.body), IntegrityError, "replaced"),
+        (
+            lambda reply: Reply(403, {}, b"<Error><Code>AccessDenied</Code></Error>"),
+            AuthenticationError,
+            "AccessDenied",
+        ),
+        (lambda reply: Reply(302, {"Location": "https://elsewhere.invalid/x?sig=hush"}), None, "elsewhere"),
+    ],
+)
+def test_lies_are_refused_by_name(tiny_checkpoint: Checkpoint, lie: object, error: type | None, words: str) -> None:
+    def lies(request: Request, honest: Reply) -> Reply:
+        native = honest.status == 206 and request.headers.get("user-agent") == "rdmaload"
+        return lie(honest) if native else honest  # type: ignore[operator]
+
+    with (
+        HttpObjects(objects_of(tiny_checkpoint), lies) as server,
+        pytest.raises(error or rdmaload.RdmaloadError, match=words) as caught,
+    ):
+        rdmaload.load(bent_url(server, retry_timeout=0.2))
+    assert caught.value.key is not None
+    assert "hush" not in str(caught.value)
+    assert "Signature" not in str(caught.value)
+
+
+def test_a_url_that_expired_on_the_way_is_signed_anew(tiny_checkpoint: Checkpoint) -> None:
+    seen: set[str] = set()
+
+    def expires(request: Request, honest: Reply) -> Reply:
+        if request.headers.get("user-agent") != "rdmaload" or request.path in seen:
+            return honest
+        seen.add(request.path)
+        message = b"<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>"
+        return Reply(403, {}, message)
+
+    with HttpObjects(objects_of(tiny_checkpoint), expires) as server:
+        stats = LoadStats()
+        assert_loaded(rdmaload.load(bent_url(server), stats=stats), tiny_checkpoint)
+        assert seen
+        assert stats.retries == 0
+
+
+def test_a_proxy_of_the_environment_is_used(tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_proxy(request: Request, honest: Reply) -> Reply:
+        assert request.target.startswith("http://store.invalid/")
+        return server.honest(
+            Request(request.method, request.target.removeprefix("http://store.invalid"), request.headers, 0)
+        )
+
+    with HttpObjects(objects_of(tiny_checkpoint), as_proxy) as server:
+        monkeypatch.setenv("HTTP_PROXY", server.endpoint)
+        monkeypatch.setenv("http_proxy", server.endpoint)
+        url = s3_url("http://store.invalid", "bucket", "m", addressing_style="path")
+        assert_loaded(rdmaload.load(url), tiny_checkpoint)
+        assert [request for request in server.requests if request.headers.get("user-agent") == "rdmaload"]
+
+
+def test_the_command_line_knows_s3(url: str, tiny_checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]) -> None:
+    from rdmaload.cli import main
+
+    assert main(["save", str(tiny_checkpoint.directory), url]) == 0
+    assert main(["ls", url]) == 0
+    assert "config.json" in capsys.readouterr().out
+    assert main(["info", url]) == 0
+    assert main(["verify", url]) == 0
+    assert "secret" not in "".join(capsys.readouterr())

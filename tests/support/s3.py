@@ -1,0 +1,245 @@
+"""S3 for tests: moto for what S3 answers, and a small server whose answers a test bends for what no S3 should do."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
+from xml.sax.saxutils import escape
+
+__all__ = ["Answer", "HttpObjects", "Reply", "Request", "moto_s3", "s3_url"]
+
+
+def s3_url(endpoint: str, bucket: str, prefix: str = "", **options: object) -> str:
+    """The url of a model in a store at `endpoint`; keys for moto, which takes any."""
+    query = urlencode(
+        {"endpoint_url": endpoint, "region": "us-east-1", "username": "testing", "password": "secret", **options}
+    )
+    return f"s3://{bucket}/{prefix}?{query}"
+
+
+@contextlib.contextmanager
+def moto_s3(*buckets: str) -> Iterator[str]:
+    """The endpoint of a fresh S3 in this process, with these buckets."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        endpoint = f"http://{host}:{port}"
+        with contextlib.closing(boto_client(endpoint)) as client:
+            for bucket in buckets:
+                client.create_bucket(Bucket=bucket)
+        yield endpoint
+    finally:
+        server.stop()
+
+
+def boto_client(endpoint: str) -> Any:
+    """A plain client with keys that moto takes; the caller closes it."""
+    import boto3
+
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id="testing",
+        aws_secret_access_key="secret",
+    )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client asked."""
+
+    method: str
+    target: str
+    """Path and query as they were sent."""
+    headers: Mapping[str, str]
+    """Names in lower case."""
+    number: int
+    """Counts from 0 over all connections."""
+
+    @property
+    def path(self) -> str:
+        return unquote(urlsplit(self.target).path)
+
+    @property
+    def query(self) -> dict[str, str]:
+        return {name: values[0] for name, values in parse_qs(urlsplit(self.target).query).items()}
+
+    @property
+    def range(self) -> tuple[int, int] | None:
+        """First and last byte asked for, inclusive."""
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("range", ""))
+        return (int(match[1]), int(match[2])) if match else None
+
+
+@dataclass
+class Reply:
+    """An answer, and how it is bent on its way."""
+
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    cut: int | None = None
+    """Send only so many bytes of the body, then do `then`."""
+    then: str = "go on"
+    """"go on", "close", "reset", or "stall": keep the connection and say nothing more."""
+
+
+Answer = Callable[[Request, Reply], Reply]
+"""Takes what an honest store would answer; gives what this one does."""
+
+
+class HttpObjects:
+    """Serves `objects` (by path, such as "/bucket/key") with ranges, ETags, If-Match and S3's listing.
+
+    >>> with HttpObjects({"/b/m/config.json": b"{}"}) as server:
+    ...     server.endpoint.startswith("http://127.0.0.1:")
+    True
+    """
+
+    def __init__(self, objects: Mapping[str, bytes], answer: Answer = lambda request, honest: honest) -> None:
+        self.objects = dict(objects)
+        self.answer = answer
+        self.requests: list[Request] = []
+        self.failure: BaseException | None = None
+        self._mutex = threading.Lock()
+        self._clients: set[socket.socket] = set()  # Guarded by _mutex, as is _closed.
+        self._closed = False
+        self._threads: list[threading.Thread] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._acceptor = threading.Thread(target=self._accept, name="http-objects")
+        self._acceptor.start()
+
+    def honest(self, request: Request) -> Reply:
+        """What a store without faults answers."""
+        if request.method in ("GET", "HEAD") and "list-type" in request.query:
+            return self._listing(request)
+        content = self.objects.get(request.path)
+        if request.method not in ("GET", "HEAD") or content is None:
+            code = b"NoSuchKey" if content is None else b"MethodNotAllowed"
+            return Reply(404 if content is None else 405, {}, b"<Error><Code>%b</Code></Error>" % code)
+        etag = etag_of(content)
+        headers = {"ETag": etag, "Accept-Ranges": "bytes"}
+        if request.headers.get("if-match", etag) != etag:
+            return Reply(412, {}, b"<Error><Code>PreconditionFailed</Code></Error>")
+        if request.range is None:
+            return Reply(200, headers, content)
+        first, last = request.range
+        if first >= len(content):
+            return Reply(416, {"Content-Range": f"bytes */{len(content)}"}, b"<Error><Code>InvalidRange</Code></Error>")
+        last = min(last, len(content) - 1)
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+        return Reply(206, headers, content[first : last + 1])
+
+    def _listing(self, request: Request) -> Reply:
+        bucket, prefix = request.path.rstrip("/"), request.query.get("prefix", "")
+        found = [path for path in sorted(self.objects) if path.startswith(f"{bucket}/{prefix}")]
+        entries = "".join(
+            f"<Contents><Key>{escape(path[len(bucket) + 1 :])}</Key><Size>{len(self.objects[path])}</Size>"
+            f"<ETag>{escape(etag_of(self.objects[path]))}</ETag></Contents>"
+            for path in found
+        )
+        body = f"<ListBucketResult><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>"
+        return Reply(200, {"Content-Type": "application/xml"}, body.encode())
+
+    def close(self) -> None:
+        """Drop every connection and join every thread; raises what `answer` raised, if it did."""
+        with self._mutex:
+            self._closed = True
+            for client in self._clients:
+                with contextlib.suppress(OSError):
+                    client.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._acceptor.join()
+        self._listener.close()
+        for thread in self._threads:
+            thread.join()
+        if self.failure is not None:
+            raise self.failure
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client = self._listener.accept()[0]
+            except OSError:
+                return
+            with self._mutex:
+                if self._closed:
+                    client.close()
+                    return
+                self._clients.add(client)
+            thread = threading.Thread(target=self._serve, args=(client,), name="http-objects-client")
+            self._threads.append(thread)
+            thread.start()
+
+    def _serve(self, client: socket.socket) -> None:
+        try:
+            with client.makefile("rb") as stream:
+                while (request := self._next(stream)) is not None and self._send(client, request):
+                    pass
+        except OSError:
+            pass  # the client is gone, which is its right
+        except BaseException as failure:  # kept for close(), where the test sees it
+            self.failure = failure
+        finally:
+            with self._mutex:
+                self._clients.discard(client)
+                client.close()
+
+    def _next(self, stream: Any) -> Request | None:
+        line = stream.readline()
+        if not line:
+            return None
+        method, target, _ = line.decode("latin-1").split()
+        headers = {}
+        while (line := stream.readline().strip()) != b"":
+            name, _, value = line.decode("latin-1").partition(":")
+            headers[name.lower()] = value.strip()
+        stream.read(int(headers.get("content-length", 0)))
+        with self._mutex:
+            request = Request(method, target, headers, len(self.requests))
+            self.requests.append(request)
+        return request
+
+    def _send(self, client: socket.socket, request: Request) -> bool:
+        reply = self.answer(request, self.honest(request))
+        headers = {"Content-Length": str(len(reply.body)), **reply.headers}
+        head = f"HTTP/1.1 {reply.status} Status\r\n" + "".join(
+            f"{name}: {value}\r\n" for name, value in headers.items()
+        )
+        body = b"" if request.method == "HEAD" else reply.body
+        client.sendall(head.encode("latin-1") + b"\r\n" + (body if reply.cut is None else body[: reply.cut]))
+        if reply.then == "stall":
+            client.recv(1)  # until the client, or close(), ends it
+        elif reply.then == "reset":
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        return reply.then == "go on"
+
+    def __enter__(self) -> HttpObjects:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        failure: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def etag_of(content: bytes) -> str:
+    """The tag that S3 gives to what was written in one request."""
+    return f'"{hashlib.md5(content).hexdigest()}"'
