@@ -14,6 +14,7 @@ from test_dynamodb_plugin import dynamodb_table  # noqa: F401  (a fixture)
 from rdmaload.connectors import FileConnector, KeyValueConnector, connector_for
 from rdmaload.connectors.memory import forget_store
 from rdmaload.errors import FormatError, NotFoundError, NotSupportedError, UnavailableError
+from tests.support.s3 import moto_s3, s3_url
 
 Open = Callable[[], KeyValueConnector]
 
@@ -223,8 +224,29 @@ class TestKeyValue:
         assert list(store.publish_warning(10)) == []
 
 
-@pytest.fixture(params=["local", "file-url"])
-def files(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FileConnector]:
+@pytest.fixture(scope="module")
+def s3_endpoint() -> Iterator[str]:
+    with moto_s3("bucket") as endpoint:
+        yield endpoint
+
+
+def listed(files: FileConnector) -> list[str]:
+    """The paths; none where a store of objects, which has no empty directories, says that there is no model."""
+    try:
+        return [info.path for info in files.list_files()]
+    except NotFoundError:
+        assert files.url.startswith("s3://")
+        return []
+
+
+@pytest.fixture(params=["local", "file-url", "s3"])
+def files(request: pytest.FixtureRequest, tmp_path: Path, model: str) -> Iterator[FileConnector]:
+    if request.param == "s3":
+        url = s3_url(request.getfixturevalue("s3_endpoint"), "bucket", f"a model/{model}")
+        with connector_for(url) as connector:
+            assert isinstance(connector, FileConnector)
+            yield connector
+        return
     root = tmp_path / "a model"
     root.mkdir()
     with connector_for(root if request.param == "local" else f"file://{tmp_path}/a%20model") as connector:
@@ -292,7 +314,7 @@ class TestFiles:
         files.write("a", 1, [memoryview(b"1")])
         assert files.delete("a") is True
         assert files.delete("a") is False
-        assert list(files.list_files()) == []
+        assert listed(files) == []
 
     def test_what_is_not_there(self, files: FileConnector) -> None:
         with pytest.raises(NotFoundError, match="none") as caught:
