@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlencode, urlsplit
+from urllib.request import Request as UrlRequest
+from urllib.request import urlopen
 from xml.sax.saxutils import escape
 
 __all__ = ["Answer", "HttpObjects", "Reply", "Request", "moto_s3", "s3_url"]
@@ -34,15 +36,17 @@ def moto_s3(*buckets: str) -> Iterator[str]:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line per request otherwise
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
     try:
-        host, port = server.get_host_and_port()
-        endpoint = f"http://{host}:{port}"
         with contextlib.closing(boto_client(endpoint)) as client:
             for bucket in buckets:
                 client.create_bucket(Bucket=bucket)
         yield endpoint
     finally:
-        server.stop()
+        # Large objects are in files of its own until it is told to forget them.
+        with urlopen(UrlRequest(f"{endpoint}/moto-api/reset", method="POST")):
+            server.stop()
 
 
 def boto_client(endpoint: str) -> Any:

@@ -290,8 +290,10 @@ TEST_CASE("a connection is used again, and one that the server closed meanwhile 
       CHECK(owner.status_of(reads.back().read).ok());
       CHECK(reads.back().holds(fixture.bytes));
     }
-    CHECK(fixture.server.connections() == 5);
-    CHECK(fixture.requests == 10);
+    // Unsaid, the end may come only after the next request was sent on it, which is then sent again.
+    if (polite) CHECK(fixture.server.connections() == 5);
+    if (polite) CHECK(fixture.requests == 10);
+    CHECK(fixture.server.connections() >= 5);
   }
 }
 
