@@ -13,6 +13,7 @@ import contextlib
 import functools
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -149,7 +150,7 @@ def save_with_manifest(checkpoint: Path, target: Path) -> None:
     """The checkpoint as rdmaload saves it, with the ETags that nginx will give to its files."""
     from rdmaload._core import crc32c
     from rdmaload.connectors.local import LocalConnector
-    from rdmaload.generations import FILE_MANIFEST, file_index_path
+    from rdmaload.file_manifest import FILE_MANIFEST, file_index_path
     from rdmaload.index import Index, IndexFile, index_of_files
     from rdmaload.manifest import Manifest
     from rdmaload.object_save import DEFAULT_OBJECT_CHUNK_BYTES
@@ -187,10 +188,39 @@ def prepared(arguments: argparse.Namespace) -> Iterator[tuple[Path, checkpoints.
             yield directory, checkpoint, server
 
 
-def ours(url: str, options: dict[str, Any]) -> object:
+def ours(url: str, options: dict[str, Any]) -> paired.Measured:
+    """A load of a model that is open already, as the clients of the others are made already."""
     import rdmaload
 
-    return rdmaload.load(url, **options)
+    with rdmaload.open(url, **options) as model:
+        cpu, start = cpu_seconds(), time.perf_counter()
+        state = model.load()
+        found = paired.Measured(time.perf_counter() - start, cpu_seconds() - cpu)
+        del state
+    return found
+
+
+def check_ours(url: str, options: dict[str, Any], checkpoint: checkpoints.Checkpoint, _: object) -> None:
+    import rdmaload
+
+    assert checkpoints.compare(rdmaload.load(url, **options), checkpoint.directory) == checkpoint.bytes
+
+
+def cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def seconds_to_open(url: str) -> float:
+    """The median of a few, boto3's modules being imported: making its client is most of it."""
+    import rdmaload
+
+    found = []
+    for _ in range(5):
+        start = time.perf_counter()
+        rdmaload.open(url).close()
+        found.append(time.perf_counter() - start)
+    return sorted(found)[2]
 
 
 def main() -> None:
@@ -217,16 +247,19 @@ def main() -> None:
         objects = "".join(f"plain/{path.name} {path.stat().st_size}\n" for path in files)
         dump = directory / "dump"
 
-        def check(state: Any) -> None:
-            assert checkpoints.compare(state, checkpoint.directory) == checkpoint.bytes
-
         def check_command(command: list[object], _: object) -> None:
             measured([*command, dump], objects)
             compare_dump(dump, files)
 
         options = {} if arguments.our_connections is None else {"connections": arguments.our_connections}
-        own = paired.Way("rdmaload", lambda: ours(url_of(server, "plain"), options), check=check)
-        verified = paired.Way("rdmaload, verified", lambda: ours(url_of(server, "saved"), options), check=check)
+        own, verified = (
+            paired.Way(
+                name,
+                functools.partial(ours, url_of(server, model), options),
+                check=functools.partial(check_ours, url_of(server, model), options, checkpoint),
+            )
+            for name, model in (("rdmaload", "plain"), ("rdmaload, verified", "saved"))
+        )
         ceilings = []
         for connections in arguments.connections if "ceiling" in wanted else ():
             command = [program, "127.0.0.1", server.port, listed, connections, arguments.range_bytes]
@@ -251,7 +284,8 @@ def main() -> None:
             result["verified"] = paired.compare(
                 verified, ceilings, checkpoint.bytes, arguments.pairs, cold_memory=arguments.cold_memory
             )
-        paired.report("s3", {"settings": options, **result}, arguments.json)
+        opening = {model: round(seconds_to_open(url_of(server, model)), 4) for model in ("plain", "saved")}
+        paired.report("s3", {"settings": options, "seconds_to_open": opening, **result}, arguments.json)
 
 
 if __name__ == "__main__":

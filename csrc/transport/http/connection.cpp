@@ -78,6 +78,7 @@ size_t Connection::receive_some(std::span<iovec> vectors, const Patience& patien
 }
 
 void Connection::receive_more(const Patience& patience) {
+  stream_.set_low_water(1);
   in_.erase(0, in_used_);
   in_used_ = 0;
   std::array<std::byte, kHeadPieceBytes> piece;
@@ -118,6 +119,8 @@ void Connection::receive(SegmentCursor& cursor, const Patience& patience) {
     std::array<iovec, kVectors> vectors;
     const size_t piece = cursor.checksums() ? kChecksumPieceBytes : kPieceBytes;
     const size_t count = cursor.next(vectors, std::min<uint64_t>(wanted, piece), scratch_.span());
+    // Woken for every packet, a thread spends more time on waking than on receiving.
+    stream_.set_low_water(wanted > 2 * kChecksumPieceBytes ? static_cast<int>(kChecksumPieceBytes) : 1);
     const size_t got = receive_some(std::span(vectors).first(count), patience);
     cursor.advance({vectors.data(), count}, got);
     moved(got);
