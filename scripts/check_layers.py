@@ -28,8 +28,20 @@ PYTHON_ORDER = [
     {"errors", "stats"},
     {"urls", "options", "weights", "manifest", "index"},
     {"connectors"},
-    {"tensors", "host_memory", "threads", "generations", "reader", "report", "selection", "targets", "fill", "pull"}
-    | {"sources", "state_dict", "journal", "upload", "publish", "files_save"}
+    {
+        "tensors",
+        "host_memory",
+        "threads",
+        "generations",
+        "file_manifest",
+        "reader",
+        "report",
+        "selection",
+        "targets",
+        "fill",
+        "pull",
+    }
+    | {"sources", "state_dict", "journal", "upload", "publish", "files_save", "object_save"}
     | {"sglang_layout", "sglang_source", "sglang_state", "_sglang_save"}
     | {"_save", "_prune", "model", "loading"},
     {"integrations", "cli"},

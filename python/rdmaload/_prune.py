@@ -141,7 +141,7 @@ def models(
     """
     location = parse_url(url, require_model=False)
     cls = connector_class(location.scheme)
-    connector = cls(location, Options.resolve(location, options, also=cls.url_options, **opts))
+    connector = cls(location, Options.resolve(location, options, also=cls.url_options, defaults={}, **opts))
     with connector:
         if not isinstance(connector, KeyValueConnector):
             raise NotSupportedError(f"{connector.url} keeps no list of models", url=connector.url)

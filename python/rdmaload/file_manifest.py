@@ -1,4 +1,4 @@
-"""The manifest and the index of a model whose store keeps plain files: beside them where there is one, else a listing."""
+"""The manifest and the index of a model in a store of plain files: beside them where there is one, else a listing."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from rdmaload._core import crc32c
 from rdmaload.connectors.objects import ObjectConnector, Upload
 from rdmaload.errors import IntegrityError, NotFoundError
-from rdmaload.files_save import existing_files, is_ours_to_remove, refuse_existing, save_phase
 from rdmaload.file_manifest import FILE_MANIFEST, file_index_path
+from rdmaload.files_save import existing_files, is_ours_to_remove, refuse_existing, save_phase
 from rdmaload.index import Index, IndexFile
 from rdmaload.manifest import Manifest
 from rdmaload.sources import Source, SourceModel

@@ -96,7 +96,7 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
         resolve(conections=2)
     with pytest.raises(UrlError, match=r"unknown option verfy in .*did you mean verify"):
         resolve("?verfy=off")
-    with pytest.raises(UrlError, match="there are bytes_in_flight, "):
+    with pytest.raises(UrlError, match="there are addressing_style, bytes_in_flight, "):
         resolve(zzz=1)
 
 
