@@ -41,7 +41,7 @@ PYTHON_ORDER = [
         "fill",
         "pull",
     }
-    | {"sources", "state_dict", "journal", "upload", "publish", "files_save", "object_save"}
+    | {"sources", "state_dict", "journal", "upload", "publish", "files_save", "object_save", "file_manifest"}
     | {"sglang_layout", "sglang_source", "sglang_state", "_sglang_save"}
     | {"_save", "_prune", "model", "loading"},
     {"integrations", "cli"},
