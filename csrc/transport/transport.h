@@ -52,7 +52,7 @@ struct Read {
   uint64_t copied_bytes = 0;  // bytes a CPU moved again after they had reached user memory
   std::chrono::nanoseconds checksum_time{0};
   std::chrono::milliseconds retry_after{0};  // the server asked not to be asked again before
-  uint32_t reissues = 0;                     // times that a stalled connection was given up within this attempt
+  uint32_t reissues = 0;  // times that a stalled connection was given up within this attempt
 };
 
 class ReadOwner {
