@@ -147,7 +147,7 @@ class S3Connector(ObjectConnector):
             connect_timeout=options.connect_timeout,
             read_timeout=options.inactivity_timeout,
             retries={"mode": "standard", "total_max_attempts": 6},
-            max_pool_connections=max(10, options.threads, options.connections),
+            max_pool_connections=max(10, options.threads, self.connections),
             client_cert=(certificate, options.client_key_file) if options.client_key_file else certificate,
             # Ours are of every chunk; botocore's own would cost a second pass over all bytes.
             request_checksum_calculation="when_required",
@@ -192,7 +192,7 @@ class S3Connector(ObjectConnector):
         options = self.options
         transport: object = _core.HttpTransport(
             self._address,
-            connections=options.connections,
+            connections=self.connections,
             connect_timeout=options.connect_timeout,
             inactivity_timeout=options.inactivity_timeout,
             stall_timeout=options.stall_timeout,

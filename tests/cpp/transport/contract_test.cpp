@@ -1,8 +1,8 @@
 // The read contract (transport/transport.h), the same tests for every transport.
 #include <doctest/doctest.h>
 
-#include <deque>
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <memory>
 #include <thread>
