@@ -1,0 +1,37 @@
+// How a test steers the fake CUDA driver: functions that it exports beside the driver's own.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+// What a test may look at.
+struct FakeCudaState {
+  uint64_t device_allocations;  // that are not freed
+  uint64_t device_bytes;
+  uint64_t peak_device_bytes;  // since the last reset
+  uint64_t host_allocations;   // page-locked, not freed
+  uint64_t host_bytes;
+  uint64_t registrations;
+  uint64_t streams;
+  uint64_t events;
+  uint64_t copies;         // of any direction, done
+  uint64_t launches;       // kernels done
+  uint64_t context_depth;  // contexts that the calling thread has pushed and not popped
+};
+
+// Forgets injected failures and broken contexts, reseeds, and begins to count peaks anew.
+void fake_cuda_reset(uint64_t seed);
+void fake_cuda_state(FakeCudaState* state);
+// The nth call (from 1) of the exported function `symbol` from now on returns `result` and does nothing.
+void fake_cuda_fail_call(const char* symbol, int nth, int result);
+// The nth copy or kernel that a stream executes from now on breaks the context with `result`, as a bad
+// address does.
+void fake_cuda_fail_work(int nth, int result);
+// At most this long does a stream wait before each piece of work, in microseconds (default 200).
+void fake_cuda_set_delay(unsigned max_microseconds);
+// Streams stop before their next work while held.
+void fake_cuda_hold(int held);
+void fake_cuda_set_attribute(int attribute, int value);
+void fake_cuda_set_memory(uint64_t bytes);  // of each device
+}
