@@ -30,6 +30,7 @@ PYTHON_ORDER = [
     {"connectors"},
     {
         "tensors",
+        "devices",
         "host_memory",
         "threads",
         "generations",

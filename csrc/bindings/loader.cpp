@@ -5,6 +5,7 @@
 #include <cstring>
 #include <variant>
 
+#include "bindings/device_destination.h"
 #include "bindings/dlpack.h"
 #include "bindings/register.h"
 #include "loader/load.h"
@@ -16,7 +17,7 @@ namespace py = pybind11;
 namespace rdmaload::bindings {
 namespace {
 
-using Destination = std::variant<std::shared_ptr<HostArena>, std::shared_ptr<ImportedTensor>>;
+using Destination = std::variant<std::shared_ptr<HostArena>, std::shared_ptr<ImportedTensor>, std::shared_ptr<DeviceDestination>>;
 
 // Destroying a Load waits for its reads, and a reader written in Python needs the GIL to end.
 class LoadOperation {
@@ -29,9 +30,11 @@ class LoadOperation {
     for (const Destination& destination : destinations) {
       if (const auto* arena = std::get_if<std::shared_ptr<HostArena>>(&destination)) {
         regions.push_back({(*arena)->span(), *arena});
+      } else if (const auto* tensor = std::get_if<std::shared_ptr<ImportedTensor>>(&destination)) {
+        regions.push_back({(*tensor)->memory(), *tensor});
       } else {
-        const auto& tensor = std::get<std::shared_ptr<ImportedTensor>>(destination);
-        regions.push_back({tensor->memory(), tensor});
+        const auto& device = std::get<std::shared_ptr<DeviceDestination>>(destination);
+        regions.push_back({device->memory(), device});
       }
     }
     load_ = std::make_unique<Load>(std::move(transport), std::move(layout), std::move(plan),
@@ -177,18 +180,19 @@ void register_loader(py::module_& module) {
       .def(py::init([](std::shared_ptr<Transport> transport, std::shared_ptr<StoreLayout> layout,
                        std::shared_ptr<LoadPlan> plan, const std::vector<Destination>& destinations,
                        bool verify, int max_integrity_attempts, double retry_timeout,
-                       std::optional<double> timeout) {
+                       std::optional<double> timeout, std::optional<uint64_t> queued_bytes) {
              LoadOptions options;
              options.verify = verify;
              options.max_integrity_attempts = max_integrity_attempts;
              options.retry_timeout = Seconds(retry_timeout);
              if (timeout) options.timeout = Seconds(*timeout);
+             if (queued_bytes) options.queued_bytes = *queued_bytes;
              return std::make_unique<LoadOperation>(std::move(transport), std::move(layout), std::move(plan),
                                                     destinations, options);
            }),
            py::arg("transport"), py::arg("layout"), py::arg("plan"), py::arg("destinations"), py::kw_only(),
            py::arg("verify") = true, py::arg("max_integrity_attempts") = 3, py::arg("retry_timeout") = 60.0,
-           py::arg("timeout") = py::none())
+           py::arg("timeout") = py::none(), py::arg("queued_bytes") = py::none())
       .def(
           "start", [](LoadOperation& self) { self.load().start(); }, py::call_guard<py::gil_scoped_release>())
       .def("throw_if_failed", [](LoadOperation& self) { self.load().throw_if_failed(); })

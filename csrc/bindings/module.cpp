@@ -6,5 +6,6 @@ PYBIND11_MODULE(_core, module) {
   rdmaload::bindings::register_core(module);
   rdmaload::bindings::register_memory(module);
   rdmaload::bindings::register_transport(module);
+  rdmaload::bindings::register_device(module);  // after its base class
   rdmaload::bindings::register_loader(module);
 }

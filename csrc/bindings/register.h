@@ -7,6 +7,7 @@ namespace rdmaload::bindings {
 
 void register_core(pybind11::module_& module);
 void register_memory(pybind11::module_& module);
+void register_device(pybind11::module_& module);
 void register_transport(pybind11::module_& module);
 void register_loader(pybind11::module_& module);
 

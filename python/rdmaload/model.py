@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rdmaload import _core, host_memory
 from rdmaload.connectors.connector import Connector, FileConnector, KeyValueConnector
+from rdmaload.devices import DeviceRoad, checked_device, open_road
 from rdmaload.errors import (
     LayoutMismatchError,
     NotFoundError,
@@ -35,7 +36,7 @@ from rdmaload.reader import StoreReader
 from rdmaload.report import ProgressCallback, Report
 from rdmaload.selection import Patterns, RankTensors, as_patterns, is_selected, placed_tensors, plans_of, tensors_of
 from rdmaload.stats import LoadStats
-from rdmaload.tensors import TensorSpec, checked_device, converted_bytes
+from rdmaload.tensors import TensorSpec, converted_bytes
 from rdmaload.weights import has_weight_suffix
 
 if TYPE_CHECKING:
@@ -190,6 +191,9 @@ class Model:
         UnavailableError, LoadTimeoutError, MemoryLimitError, DeviceError.
         """
         place = checked_device(device)
+        if place.type == "cuda":
+            stats = self.stats_for(stats)
+            return dict(self._stream_to_gpu(rank, place, dtype, include, exclude, stats, progress, None))
         if dtype is not None or place.type != "cpu":
             window, stats = self._window(None), self.stats_for(stats)
             if place.type == "cpu":
@@ -239,6 +243,10 @@ class Model:
         window = self._window(window_bytes)
         self._weights_of(rank)  # errors of layout come from this call, not from the first next()
         place = checked_device(device)
+        if place.type == "cuda":
+            return self._stream_to_gpu(
+                rank, place, None, include, exclude, self.stats_for(stats), progress, window
+            )
         return self._stream(rank, place, None, include, exclude, self.stats_for(stats), progress, window, borrow)
 
     def _require_converted(
@@ -315,6 +323,63 @@ class Model:
             batches.close()  # type: ignore[attr-defined]  # a generator: stops reading at once
             report.end()
 
+    def _stream_to_gpu(
+        self,
+        rank: int | None,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        include: Patterns,
+        exclude: Patterns,
+        stats: LoadStats,
+        progress: ProgressCallback | None,
+        window: int | None,
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """As `_stream`, into GPU memory. Without a window all is read at once, unless `dtype` converts it in parts."""
+        self._check_open()
+        weights = self._weights_of(rank)
+        selection, names = weights.select(include, exclude)
+        total = sum(weights.specs[position].nbytes for position in selection)
+        road = self.road_to(device.index, stats, total)
+        if road is None:  # a torch that calls another maker's GPUs "cuda"
+            fallback = self._window(None) if window is None else window
+            yield from self._stream(rank, device, dtype, include, exclude, stats, progress, fallback, False)
+            return
+        report = self._load_report(stats, progress)
+        if window is None and dtype is not None:  # what is not converted yet is extra
+            window = self._connector.options.device_extra_bytes
+        plans = plans_of(self._reader, weights, selection, window, into_tensors=True)
+        batches = self._reader.stream(
+            plans,
+            window_bytes=max(1, total) if window is None else window,
+            stats=stats,
+            tick=report.expect(total),
+            road=road,
+            empty=lambda plan: [road.empty(weights.specs[position]) for position, _, _ in plan.placements()],
+        )
+        try:
+            for batch in batches:
+                for (position, _, _), tensor in zip(batch.plan.placements(), batch.tensors, strict=True):
+                    if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
+                        tensor = road.converted(tensor, dtype)
+                    stats.bytes += weights.specs[position].nbytes
+                    for name in names[position]:
+                        yield name, tensor
+                self._check_open()
+        finally:
+            batches.close()  # type: ignore[attr-defined]  # a generator: stops reading at once
+            report.end()
+
+    def road_to(self, ordinal: int, stats: LoadStats, expected_bytes: int) -> DeviceRoad | None:
+        """The road to the memory of a GPU; None, with the reason in `stats`, when there is none."""
+        return open_road(
+            self._reader.transport(),
+            ordinal,
+            self._connector.options,
+            stats,
+            read_bytes=self._reader.read_bytes,
+            expected_bytes=expected_bytes,
+        )
+
     def load_into(
         self,
         target: nn.Module | Mapping[str, torch.Tensor],
@@ -347,7 +412,7 @@ class Model:
         targets.check_names(strict=strict, filtered=include is not None or exclude is not None)
         filling = Filling(weights, {position: names[position] for position in selection}, targets, cast=cast)
         try:
-            filling.run(self._reader, stats, report, self._window(None))
+            filling.run(self._reader, stats, report, self._window(None), self.road_to)
         except RdmaloadError as error:
             raise PartialLoadError(
                 f"{self.url}: {len(filling.loaded)} of {len(wanted)} tensors were loaded, then: {error}",

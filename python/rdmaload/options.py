@@ -157,6 +157,12 @@ class Options:
     """Host memory that a load may use; None = what the control group allows."""
     window_bytes: int = _option(_size(), 512 * 2**20)
     """Bytes that an iterator reads ahead of what was yielded."""
+    staging_bytes: int = _option(_size(), 64 * 2**20)
+    """Page-locked host memory between the source and a GPU; two reads at least."""
+    device_extra_bytes: int = _option(_size(), 256 * 2**20)
+    """GPU memory for tensors that are converted or rearranged on their way to where they belong."""
+    verify_device: Literal["on", "off"] = _option(_one_of("on", "off"), "off")
+    """"on" computes checksums again in GPU memory, so that the way there is verified too."""
     username: str | None = _option(_text, None)
     """User at the store; None = its default user."""
     password: str | None = _option(_text, None, secret=True)

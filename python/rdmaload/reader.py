@@ -13,6 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rdmaload import _core
 from rdmaload.connectors.connector import Connector, FileConnector, KeyValueConnector
@@ -29,6 +30,11 @@ from rdmaload.manifest import Manifest, manifest_key
 from rdmaload.sglang_layout import READ_BYTES, check_unchanged
 from rdmaload.stats import LoadStats
 
+if TYPE_CHECKING:
+    import torch
+
+    from rdmaload.devices import DeviceRoad
+
 __all__ = ["Batch", "StoreReader", "Tick"]
 
 _log = logging.getLogger("rdmaload")
@@ -37,6 +43,7 @@ Tick = Callable[[int], None]
 """Called now and then while reads run, with the bytes that have arrived."""
 
 _TICK_SECONDS = 0.1
+_READ_BYTES = 8 * 2**20  # the longest read of a store without chunks
 
 
 @dataclass
@@ -44,8 +51,11 @@ class Batch:
     """Reads that run, or have run, into `destinations`."""
 
     plan: _core.LoadPlan
-    destinations: Sequence[_core.HostArena | _core.ImportedTensor]
+    destinations: Sequence[_core.HostArena | _core.ImportedTensor | _core.DeviceDestination]
     operation: _core.LoadOperation
+    tensors: Sequence[torch.Tensor] = ()
+    """On a GPU: those that the destinations are the memory of, one per selected tensor."""
+    path: str = ""
 
     @property
     def arenas(self) -> Sequence[_core.HostArena]:
@@ -78,6 +88,8 @@ class StoreReader:
         else:
             files = [(file.path, file.size, file.first_chunk) for file in index.files]
         chunked = isinstance(connector, KeyValueConnector) and not self._values
+        self.read_bytes = self._longest_read(index)
+        """No read is longer than this."""
         self._layout = _core.StoreLayout(files, index.chunk_bytes or 0, chunked, index.crcs)
         self._logged_fallback: str | None = None
         self._lock = threading.Lock()
@@ -145,17 +157,23 @@ class StoreReader:
         assert isinstance(connector, FileConnector)
         return _core.PythonTransport(connector.read_into, options.threads)
 
-    def _limits(self) -> _core.PlanLimits:
+    def _longest_read(self, index: Index) -> int:
+        connector = self._connector
+        longest = index.chunk_bytes or _READ_BYTES
         if self._values:
-            connector = self._connector
             assert isinstance(connector, KeyValueConnector)
             if type(connector).get_range is KeyValueConnector.get_range:  # each range would cost the whole value
-                return _core.PlanLimits(whole_chunks=False, read_bytes=1 << 62)
-            share = max(1, connector.bytes_in_flight // connector.connections)
-            return _core.PlanLimits(whole_chunks=False, read_bytes=min(READ_BYTES, share))
+                longest = 1 << 62
+            else:
+                longest = min(READ_BYTES, max(1, connector.bytes_in_flight // connector.connections))
+        return max(1, min(longest, max((file.size for file in index.files), default=1)))
+
+    def _limits(self) -> _core.PlanLimits:
+        if self._values:
+            return _core.PlanLimits(whole_chunks=False, read_bytes=self.read_bytes)
         # A connector written in Python reads values whole.
         whole = self._verify or self.transport().path == "python"
-        return _core.PlanLimits(whole_chunks=whole)
+        return _core.PlanLimits(whole_chunks=whole, read_bytes=_READ_BYTES)
 
     def plan(
         self, tensors: _core.TensorIndex, selection: Sequence[int], *, into_tensors: bool = False
@@ -167,18 +185,22 @@ class StoreReader:
     def start(
         self,
         plan: _core.LoadPlan,
-        destinations: Sequence[_core.HostArena | _core.ImportedTensor],
+        destinations: Sequence[_core.HostArena | _core.ImportedTensor | _core.DeviceDestination],
         *,
         deadline: float | None = None,
+        road: DeviceRoad | None = None,
+        tensors: Sequence[torch.Tensor] = (),
     ) -> Batch:
         """Begin to read; the destinations are written until finish() has returned or raised.
 
         `deadline` (of time.monotonic) is that of a work of which this is a part; without it `timeout` begins now.
+        Destinations on a GPU, the memory of `tensors`, are reached by its `road`.
         """
         options = self._connector.options
         timeout = options.timeout if deadline is None else max(0.001, deadline - time.monotonic())
+        transport = self.transport() if road is None else road.transport
         operation = _core.LoadOperation(
-            self.transport(),
+            transport,
             self._layout,
             plan,
             list(destinations),
@@ -186,13 +208,14 @@ class StoreReader:
             max_integrity_attempts=options.max_integrity_attempts,
             retry_timeout=options.retry_timeout,
             timeout=timeout,
+            queued_bytes=None if road is None else road.queued_bytes,
         )
         with self._lock:
             if self._closed:
                 raise self._closed_error()
             self._started.add(operation)
         operation.start()
-        return Batch(plan, destinations, operation)
+        return Batch(plan, destinations, operation, tensors, transport.path)
 
     def finish(self, batch: Batch, stats: LoadStats, tick: Tick | None = None) -> None:
         """Wait until everything has arrived and is verified; add what it took to `stats`. Raises the first error."""
@@ -226,11 +249,13 @@ class StoreReader:
         stats: LoadStats,
         tick: Tick | None = None,
         reuse: bool = False,
+        road: DeviceRoad | None = None,
+        empty: Callable[[_core.LoadPlan], list[torch.Tensor]] | None = None,
     ) -> Iterator[Batch]:
         """Execute plans in order, reading ahead at most `window_bytes` (but one plan always), and yield each when done.
 
         `timeout` is for all of them. `tick` gets wanted bytes. With `reuse`, arenas of a batch are used again once the
-        consumer has come back for the next.
+        consumer has come back for the next. With a `road`, plans are into tensors, which `empty` makes.
         """
         timeout = self._connector.options.timeout
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -242,12 +267,21 @@ class StoreReader:
         try:
             while ahead or waiting is not None:
                 while waiting is not None and (not ahead or ahead_bytes + waiting.wanted_bytes <= window_bytes):
-                    arenas = [_take(spare, nbytes) for nbytes in waiting.region_bytes]
-                    ahead.append(self.start(waiting, arenas, deadline=deadline))
+                    if road is not None and empty is not None:
+                        tensors = empty(waiting)
+                        batch = self.start(
+                            waiting, road.destinations(tensors), deadline=deadline, road=road, tensors=tensors
+                        )
+                    else:
+                        arenas = [_take(spare, nbytes) for nbytes in waiting.region_bytes]
+                        batch = self.start(waiting, arenas, deadline=deadline)
+                    ahead.append(batch)
                     ahead_bytes += waiting.wanted_bytes
                     waiting = next(plans, None)
                 batch = ahead[0]
                 self.finish(batch, stats, None if tick is None else _shifted(tick, done_before, batch.plan))
+                if road is not None:
+                    road.hand_out(batch.tensors)
                 done_before += batch.plan.wanted_bytes
                 yield batch
                 ahead.popleft()
@@ -257,6 +291,10 @@ class StoreReader:
         finally:
             for batch in ahead:
                 batch.operation.cancel()
+            if road is not None:  # torch may give the tensors' memory to others as soon as we return
+                for batch in ahead:
+                    while not batch.operation.wait_for(_TICK_SECONDS):
+                        pass
 
     def _check_unchanged(self, plan: _core.LoadPlan) -> None:
         """Raise IntegrityError when a plain file or value is another one than when the model was opened.
@@ -281,7 +319,7 @@ class StoreReader:
         counters = batch.operation.counters()
         transport = self._transport
         if transport is not None:
-            stats.path = transport.path
+            stats.path = batch.path
             stats.connections = transport.connections
             self._note_fallback(transport.fallback_reason, stats)
         stats.generation = self._generation

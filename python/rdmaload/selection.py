@@ -103,26 +103,39 @@ class RankTensors:
 
 
 def plans_of(
-    reader: StoreReader, weights: RankTensors, selection: Sequence[int], window_bytes: int
+    reader: StoreReader,
+    weights: RankTensors,
+    selection: Sequence[int],
+    window_bytes: int | None,
+    *,
+    into_tensors: bool = False,
 ) -> Iterator[_core.LoadPlan]:
-    """Plans that read the selection in order, in parts of which several fit into the window."""
+    """Plans that read the selection in order, in parts of which several fit into the window; None = one plan."""
+    if window_bytes is None:
+        yield reader.plan(weights.native, selection, into_tensors=into_tensors)
+        return
     part_bytes = max(1, window_bytes // _WINDOW_PARTS)
     part: list[int] = []
     total = 0
     for position in selection:
         nbytes = weights.specs[position].nbytes
         if part and total + nbytes > part_bytes:
-            yield reader.plan(weights.native, part)
+            yield reader.plan(weights.native, part, into_tensors=into_tensors)
             part, total = [], 0
         part.append(position)
         total += nbytes
     if part:
-        yield reader.plan(weights.native, part)
+        yield reader.plan(weights.native, part, into_tensors=into_tensors)
 
 
 def placed_tensors(
     batch: Batch, weights: RankTensors, names: Mapping[int, list[str]]
 ) -> Iterator[tuple[int, str, torch.Tensor]]:
+    if batch.tensors:
+        for (position, _, _), tensor in zip(batch.plan.placements(), batch.tensors, strict=True):
+            for name in names[position]:
+                yield position, name, tensor
+        return
     arenas = batch.arenas
     for position, region, offset in batch.plan.placements():
         tensor = export_tensor(weights.specs[position], arenas[region], offset)

@@ -106,7 +106,7 @@ class Targets(Mapping[str, "torch.Tensor"]):
             raise TypeError(
                 f"{self._url}: {name} is stored as {dtype}, its target is {tensor.dtype}; cast=True converts"
             )
-        return tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()
+        return tensor.dtype == dtype and tensor.device.type in ("cpu", "cuda") and tensor.is_contiguous()
 
     def is_same_memory(self, name: str, other: str) -> bool:
         """Whether both targets are one tensor in memory: tied in the target as they are in the store."""

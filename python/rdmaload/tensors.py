@@ -17,7 +17,7 @@ from rdmaload.errors import DeviceError, FormatError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TensorSpec", "checked_device", "converted_bytes", "export_tensor", "import_target", "torch_dtype"]
+__all__ = ["TensorSpec", "converted_bytes", "export_tensor", "import_target", "torch_dtype"]
 
 # safetensors name: DLPack type code and bits, for the types that DLPack has had from the start.
 _DLPACK = {
@@ -95,19 +95,6 @@ def torch_dtype(spec: TensorSpec) -> tuple[torch.dtype, tuple[int, ...]]:
     if spec.dtype == "F4":
         return dtype, (*spec.shape[:-1], spec.shape[-1] // 2)
     return dtype, spec.shape
-
-
-def checked_device(device: str | torch.device) -> torch.device:
-    """The device, if this process has it. Raises DeviceError before anything is read."""
-    import torch
-
-    try:
-        checked = torch.device(device)
-    except RuntimeError as err:
-        raise DeviceError(f"device={device!r} is no device that torch knows: {err}") from err
-    if checked.type == "cuda" and (checked.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"device={device!r}: torch sees {torch.cuda.device_count()} CUDA devices here")
-    return checked
 
 
 def converted_bytes(spec: TensorSpec, dtype: torch.dtype | None) -> int:

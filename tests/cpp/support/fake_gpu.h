@@ -42,10 +42,12 @@ class FakeGpu {
     function<void(const char*, int, int)>("fake_cuda_fail_call")(symbol, nth, result);
   }
   void fail_work(int nth, int result) const { function<void(int, int)>("fake_cuda_fail_work")(nth, result); }
+  void corrupt_copy(int nth) const { function<void(int)>("fake_cuda_corrupt_copy")(nth); }
   void set_delay(unsigned microseconds) const {
     function<void(unsigned)>("fake_cuda_set_delay")(microseconds);
   }
   void hold(bool held) const { function<void(int)>("fake_cuda_hold")(held ? 1 : 0); }
+  void set_lenient() const { function<void(int)>("fake_cuda_set_lenient")(1); }
   void set_attribute(int attribute, int value) const {
     function<void(int, int)>("fake_cuda_set_attribute")(attribute, value);
   }

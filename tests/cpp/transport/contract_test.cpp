@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "core/crc32c.h"
+#include "support/fake_gpu.h"
 #include "support/http_server.h"
 #include "support/reads.h"
 #include "support/resp_server.h"
@@ -17,6 +18,7 @@
 #include "transport/http/http_transport.h"
 #include "transport/memory_transport.h"
 #include "transport/resp/resp_transport.h"
+#include "transport/staged_transport.h"
 
 namespace rdmaload {
 namespace {
@@ -169,9 +171,30 @@ struct HttpsStore {
   }
 };
 
-#define FOR_EVERY_TRANSPORT(name)                                                                 \
-  TEST_CASE_TEMPLATE(name, Store, MemoryStore, AutoFileStore, BufferedFileStore, DirectFileStore, \
-                     RespStore<2>, RespStore<3>, UnixRespStore, TlsRespStore, HttpStore, HttpsStore)
+// Any store behind the road to a GPU, whose memory the fake driver takes the tests' own for. With kernels:
+// every read goes as a block that a kernel takes apart and another one checks.
+template <typename Source, bool kKernels>
+struct StagedStore : Source {
+  testing::FakeGpu gpu;
+  std::unique_ptr<Transport> open(int threads) {
+    gpu.set_lenient();
+    StagingOptions options;
+    options.read_bytes = 800'000;
+    options.staging_bytes = 3'000'000;
+    options.scatter_pieces = kKernels ? 1 : SIZE_MAX;
+    options.verify_device = kKernels;
+    return std::make_unique<StagedTransport>(Source::open(threads), gpu.device(1), options);
+  }
+};
+
+using StagedMemory = StagedStore<MemoryStore, false>;
+using KernelMemory = StagedStore<MemoryStore, true>;
+using StagedResp = StagedStore<RespStore<2>, false>;
+
+#define FOR_EVERY_TRANSPORT(name)                                                                    \
+  TEST_CASE_TEMPLATE(name, Store, MemoryStore, AutoFileStore, BufferedFileStore, DirectFileStore,    \
+                     RespStore<2>, RespStore<3>, UnixRespStore, TlsRespStore, HttpStore, HttpsStore, \
+                     StagedMemory, KernelMemory, StagedResp)
 
 Clock::time_point much_later() { return Clock::now() + std::chrono::hours(1); }
 

@@ -28,10 +28,14 @@ void fake_cuda_fail_call(const char* symbol, int nth, int result);
 // The nth copy or kernel that a stream executes from now on breaks the context with `result`, as a bad
 // address does.
 void fake_cuda_fail_work(int nth, int result);
+// The nth copy to the device from now on flips a bit of what it writes.
+void fake_cuda_corrupt_copy(int nth);
 // At most this long does a stream wait before each piece of work, in microseconds (default 200).
 void fake_cuda_set_delay(unsigned max_microseconds);
 // Streams stop before their next work while held.
 void fake_cuda_hold(int held);
+// While lenient, any memory counts as every device's: for tests that are not about where memory lies.
+void fake_cuda_set_lenient(int lenient);
 void fake_cuda_set_attribute(int attribute, int value);
 void fake_cuda_set_memory(uint64_t bytes);  // of each device
 }

@@ -75,9 +75,11 @@ struct Driver {
   int broken[kDevices] = {};                            // sticky error of each context
   std::map<std::string, std::pair<int, int>> failures;  // symbol: calls to go, result
   int fail_work_in = 0, fail_work_result = 0;
+  int corrupt_in = 0;
   std::mt19937_64 random{1};
   std::atomic<unsigned> delay{200};
   bool held = false;
+  bool lenient = false;
   FakeCudaState state{};
   std::map<int, int> attributes;
   uint64_t memory_bytes = uint64_t{1} << 30;
@@ -204,7 +206,7 @@ bool may_run(int device, uint64_t FakeCudaState::* counter) {
 // Whether the device reaches this memory; else its context breaks.
 bool reaches(int device, cuda::Pointer pointer, size_t bytes) {
   std::lock_guard lock(driver().mutex);
-  if (is_device_memory_locked(pointer, bytes, device)) return true;
+  if (driver().lenient || is_device_memory_locked(pointer, bytes, device)) return true;
   break_context_locked(device, cuda::kIllegalAddress);
   return false;
 }
@@ -399,6 +401,8 @@ EXPORT cuMemcpyHtoDAsync_v2(cuda::Pointer to, const void* from, size_t bytes, cu
   return enqueue_locked(stream, [=] {
     if (!may_run(device, &FakeCudaState::copies) || !reaches(device, to, bytes)) return;
     std::memcpy(address(to), kept ? kept->data() : from, bytes);
+    std::lock_guard inner(driver().mutex);
+    if (driver().corrupt_in > 0 && --driver().corrupt_in == 0) static_cast<char*>(address(to))[bytes / 2] ^= 4;
   });
 }
 EXPORT cuMemcpyDtoHAsync_v2(void* to, cuda::Pointer from, size_t bytes, cuda::Stream stream) {
@@ -568,11 +572,11 @@ CONTROL fake_cuda_reset(uint64_t seed) {
   Driver& d = driver();
   std::lock_guard lock(d.mutex);
   d.failures.clear();
-  d.fail_work_in = 0;
+  d.fail_work_in = d.corrupt_in = 0;
   std::fill(std::begin(d.broken), std::end(d.broken), 0);
   d.random.seed(seed);
   d.delay = 200;
-  d.held = false;
+  d.held = d.lenient = false;
   d.memory_bytes = uint64_t{1} << 30;
   d.attributes = {{cuda::kAttributeComputeMajor, 9},
                   {cuda::kAttributeGpuDirectSupported, 1},
@@ -597,11 +601,19 @@ CONTROL fake_cuda_fail_work(int nth, int result) {
   driver().fail_work_in = nth;
   driver().fail_work_result = result;
 }
+CONTROL fake_cuda_corrupt_copy(int nth) {
+  std::lock_guard lock(driver().mutex);
+  driver().corrupt_in = nth;
+}
 CONTROL fake_cuda_set_delay(unsigned max_microseconds) { driver().delay = max_microseconds; }
 CONTROL fake_cuda_hold(int held) {
   std::lock_guard lock(driver().mutex);
   driver().held = held != 0;
   driver().changed.notify_all();
+}
+CONTROL fake_cuda_set_lenient(int lenient) {
+  std::lock_guard lock(driver().mutex);
+  driver().lenient = lenient != 0;
 }
 CONTROL fake_cuda_set_attribute(int attribute, int value) {
   std::lock_guard lock(driver().mutex);

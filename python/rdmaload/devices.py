@@ -1,0 +1,198 @@
+"""GPUs as destinations: where their memory comes from, and the order between torch's streams and ours.
+
+The memory is torch's: engines profile it and give it back through torch. What this package needs of torch is the
+protocol `DeviceAllocator`, so that all the rest runs without a GPU on a fake driver. One `DeviceRoad` serves one load,
+iteration or filling; use it from one thread.
+
+The contract of streams: our stream waits for what torch's current stream has to do when destinations are made, before
+the first write into them; the current stream waits for our copies before tensors are handed out; each tensor is
+recorded on our stream, so that torch does not give its memory to somebody else while we may write.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from rdmaload import _core
+from rdmaload.errors import DeviceError, NotSupportedError
+from rdmaload.options import Options
+from rdmaload.stats import LoadStats
+from rdmaload.tensors import TensorSpec, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DeviceAllocator", "DeviceRoad", "TorchAllocator", "allocator", "checked_device", "open_road"]
+
+_log = logging.getLogger("rdmaload")
+
+_FLOATS = {"torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float32": "F32"}
+
+
+class DeviceAllocator(Protocol):
+    """What is needed of torch for CUDA devices; `ordinal` is torch's device index."""
+
+    def unavailable_reason(self) -> str | None:
+        """Why there are no CUDA devices; None when there are some."""
+
+    def device_count(self) -> int: ...
+
+    def current_device(self) -> int: ...
+
+    def ordinal_of(self, tensor: torch.Tensor) -> int | None:
+        """The device that the tensor is on; None for other memory."""
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, ordinal: int) -> torch.Tensor:
+        """An uninitialised tensor. Raises DeviceError when there is no room."""
+
+    def current_stream(self, ordinal: int) -> int:
+        """The handle of the stream that torch puts this thread's work on."""
+
+    def record_stream(self, tensor: torch.Tensor, ordinal: int, stream: int) -> None:
+        """The memory is not given out again before work that is on `stream` when it is freed."""
+
+
+class TorchAllocator:
+    """torch's own CUDA memory and streams."""
+
+    def unavailable_reason(self) -> str | None:
+        import torch
+
+        if not torch.backends.cuda.is_built():
+            return f"this torch ({torch.__version__}) is built for the CPU: install one with CUDA"
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device: is there a GPU, its driver, and is it in CUDA_VISIBLE_DEVICES?"
+        return None
+
+    def device_count(self) -> int:
+        import torch
+
+        return torch.cuda.device_count()
+
+    def current_device(self) -> int:
+        import torch
+
+        return torch.cuda.current_device()
+
+    def ordinal_of(self, tensor: torch.Tensor) -> int | None:
+        return tensor.device.index if tensor.device.type == "cuda" else None
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, ordinal: int) -> torch.Tensor:
+        import torch
+
+        try:
+            return torch.empty(tuple(shape), dtype=dtype, device=f"cuda:{ordinal}")
+        except torch.OutOfMemoryError as err:
+            raise DeviceError(f"cuda:{ordinal} has no room for a tensor of {list(shape)} {dtype}: {err}") from err
+
+    def current_stream(self, ordinal: int) -> int:
+        import torch
+
+        return int(torch.cuda.current_stream(ordinal).cuda_stream)
+
+    def record_stream(self, tensor: torch.Tensor, ordinal: int, stream: int) -> None:
+        import torch
+
+        tensor.record_stream(torch.cuda.ExternalStream(stream, device=f"cuda:{ordinal}"))
+
+
+@functools.cache
+def _torch_allocator() -> DeviceAllocator:
+    return TorchAllocator()
+
+
+def allocator() -> DeviceAllocator:
+    """The one that loads use."""
+    return _torch_allocator()
+
+
+def checked_device(device: str | torch.device) -> torch.device:
+    """The device, with its index, if this process has it. Raises DeviceError before anything is read."""
+    import torch
+
+    try:
+        checked = torch.device(device)
+    except RuntimeError as err:
+        raise DeviceError(f"device={device!r} is no device that torch knows: {err}") from err
+    if checked.type != "cuda":
+        return checked
+    devices = allocator()
+    if reason := devices.unavailable_reason():
+        raise DeviceError(f"device={str(device)!r}: {reason}")
+    index = devices.current_device() if checked.index is None else checked.index
+    if index >= devices.device_count():
+        raise DeviceError(f"device={str(device)!r}: torch sees {devices.device_count()} CUDA devices here")
+    return torch.device("cuda", index)
+
+
+class DeviceRoad:
+    """Reads of one source into memory of one GPU, through page-locked buffers. Raises DeviceError."""
+
+    def __init__(
+        self, source: _core.Transport, ordinal: int, options: Options, *, read_bytes: int, expected_bytes: int
+    ) -> None:
+        self._devices = allocator()
+        self._ordinal = ordinal
+        self.transport = _core.StagedTransport(
+            source,
+            device=ordinal,
+            read_bytes=read_bytes,
+            staging_bytes=options.staging_bytes,
+            expected_bytes=expected_bytes,
+            verify_device=options.verify_device == "on",
+        )
+        self.extra_bytes = options.device_extra_bytes
+        self.queued_bytes = max(options.staging_bytes, 2 * read_bytes)
+
+    def empty(self, spec: TensorSpec) -> torch.Tensor:
+        """A tensor for what is stored."""
+        dtype, shape = torch_dtype(spec)
+        return self._devices.empty(shape, dtype, self._ordinal)
+
+    def destinations(self, tensors: Sequence[torch.Tensor]) -> list[_core.DeviceDestination]:
+        """The memory of contiguous tensors of this device, for reads that are submitted from now on."""
+        self.transport.follow(self._devices.current_stream(self._ordinal))
+        return [_core.DeviceDestination(tensor.data_ptr(), tensor.nbytes, tensor) for tensor in tensors]
+
+    def hand_out(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Let torch's current stream use what has arrived in these tensors."""
+        self.transport.lead(self._devices.current_stream(self._ordinal))
+        for tensor in tensors:
+            if tensor.nbytes:
+                self._devices.record_stream(tensor, self._ordinal, self.transport.stream)
+
+    def converted(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The tensor in another floating-point type; by a kernel on torch's current stream, or by torch."""
+        source, target = _FLOATS.get(str(tensor.dtype)), _FLOATS.get(str(dtype))
+        if source is None or target is None or not tensor.nbytes:
+            return tensor.to(dtype)
+        made = self._devices.empty(tensor.shape, dtype, self._ordinal)
+        stream = self._devices.current_stream(self._ordinal)
+        if _core.convert_on_device(
+            self._ordinal, tensor.data_ptr(), source, made.data_ptr(), target, tensor.numel(), stream
+        ):
+            return made
+        return tensor.to(dtype)
+
+
+def open_road(
+    source: _core.Transport,
+    ordinal: int,
+    options: Options,
+    stats: LoadStats,
+    *,
+    read_bytes: int,
+    expected_bytes: int,
+) -> DeviceRoad | None:
+    """The road to a GPU; None, with the reason logged and in `stats`, where this process has no CUDA driver."""
+    try:
+        return DeviceRoad(source, ordinal, options, read_bytes=read_bytes, expected_bytes=expected_bytes)
+    except NotSupportedError as error:
+        if options.verify_device == "on":
+            raise
+        stats.fallback_reason = f"loaded through host memory and torch: {error}"
+        _log.warning("%s", stats.fallback_reason)
+        return None
