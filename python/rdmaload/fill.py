@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rdmaload import _core
 from rdmaload.devices import DeviceRoad, allocator
 from rdmaload.reader import StoreReader, Tick
 from rdmaload.report import Report
@@ -60,12 +61,14 @@ class Filling:
     ) -> None:
         """Read everything. Raises the first error; `loaded` says what is complete all the same."""
         roads = self._roads(stats, road_to)
-        total = sum(self._nbytes(names) for group in (self._in_place, self._staged) for names in group.values())
-        tick = report.expect(total)
+        in_place = sorted(self._in_place.items(), key=_host_first) or [(None, {})]
+        plans = [reader.plan(self._weights.native, list(names), into_tensors=True) for _, names in in_place]
+        staged_bytes = sum(self._nbytes(names) for names in self._staged.values())
+        tick = report.expect(sum(plan.read_bytes for plan in plans) + staged_bytes)
         done = 0
-        for place, names in sorted(self._in_place.items(), key=_host_first):
-            self._run_in_place(reader, stats, _shifted(tick, done), names, roads.get(place))
-            done += self._nbytes(names)
+        for plan, (place, names) in zip(plans, in_place, strict=True):
+            self._run_in_place(reader, plan, stats, _shifted(tick, done), names, roads.get(place))
+            done += plan.read_bytes
         for place, names in sorted(self._staged.items(), key=_host_first):
             road = roads.get(place)
             limit = window_bytes if road is None else road.extra_bytes
@@ -99,9 +102,14 @@ class Filling:
         return roads
 
     def _run_in_place(
-        self, reader: StoreReader, stats: LoadStats, tick: Tick | None, chosen: _Names, road: DeviceRoad | None
+        self,
+        reader: StoreReader,
+        plan: _core.LoadPlan,
+        stats: LoadStats,
+        tick: Tick | None,
+        chosen: _Names,
+        road: DeviceRoad | None,
     ) -> None:
-        plan = reader.plan(self._weights.native, list(chosen), into_tensors=True)
         targets = [self._targets[names[0]] for names in chosen.values()]
         if road is None:
             batch = reader.start(
@@ -111,9 +119,9 @@ class Filling:
             batch = reader.start(plan, road.destinations(targets), road=road, tensors=targets)
         try:
             reader.finish(batch, stats, tick)
-        finally:
             if road is not None:
                 road.hand_out(targets)
+        finally:
             unfinished = set(batch.operation.unfinished_regions())
             for region, tied in enumerate(chosen.values()):
                 self.loaded += tied if region not in unfinished else []
