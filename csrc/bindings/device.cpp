@@ -1,5 +1,5 @@
-// GPUs for Python: the staged road, conversions, and which driver there is. Streams and device memory cross as the
-// integers that torch gives (cuda_stream, data_ptr).
+// GPUs for Python: the staged road, conversions, and which driver there is. Streams and device memory cross
+// as the integers that torch gives (cuda_stream, data_ptr).
 #include <pybind11/stl.h>
 #include <unistd.h>
 
@@ -16,7 +16,9 @@ namespace py = pybind11;
 namespace rdmaload::bindings {
 namespace {
 
-cuda::Stream stream_of(uint64_t handle) { return reinterpret_cast<cuda::Stream>(static_cast<uintptr_t>(handle)); }
+cuda::Stream stream_of(uint64_t handle) {
+  return reinterpret_cast<cuda::Stream>(static_cast<uintptr_t>(handle));
+}
 
 FloatType float_type(const std::string& name) {
   if (name == "F16") return FloatType::kF16;
@@ -25,9 +27,9 @@ FloatType float_type(const std::string& name) {
   throw Error(ErrorCode::kInvalid, "no kernel converts " + name);
 }
 
-std::shared_ptr<StagedTransport> make_staged(std::shared_ptr<Transport> source, int device, uint64_t read_bytes,
-                                             uint64_t staging_bytes, uint64_t expected_bytes,
-                                             bool verify_device, bool trace) {
+std::shared_ptr<StagedTransport> make_staged(std::shared_ptr<Transport> source, int device,
+                                             uint64_t read_bytes, uint64_t staging_bytes,
+                                             uint64_t expected_bytes, bool verify_device, bool trace) {
   StagingOptions options;
   options.read_bytes = read_bytes;
   options.staging_bytes = staging_bytes;

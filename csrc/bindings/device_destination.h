@@ -13,7 +13,8 @@ namespace rdmaload::bindings {
 class DeviceDestination {
  public:
   DeviceDestination(uint64_t pointer, size_t bytes, pybind11::object owner)
-      : memory_(reinterpret_cast<std::byte*>(static_cast<uintptr_t>(pointer)), bytes), owner_(std::move(owner)) {}
+      : memory_(reinterpret_cast<std::byte*>(static_cast<uintptr_t>(pointer)), bytes),
+        owner_(std::move(owner)) {}
   ~DeviceDestination() {
     pybind11::gil_scoped_acquire acquire;
     owner_ = pybind11::object();

@@ -17,7 +17,8 @@ namespace py = pybind11;
 namespace rdmaload::bindings {
 namespace {
 
-using Destination = std::variant<std::shared_ptr<HostArena>, std::shared_ptr<ImportedTensor>, std::shared_ptr<DeviceDestination>>;
+using Destination = std::variant<std::shared_ptr<HostArena>, std::shared_ptr<ImportedTensor>,
+                                 std::shared_ptr<DeviceDestination>>;
 
 // Destroying a Load waits for its reads, and a reader written in Python needs the GIL to end.
 class LoadOperation {

@@ -61,11 +61,13 @@ cuda::Stream Device::copy_stream() {
 const Kernels* Device::kernels(std::string* why) {
   std::lock_guard lock(mutex_);
   if (!kernels_tried_) {
-    kernels_tried_ = true;
     try {
       kernels_ = std::make_unique<Kernels>(*this);
+      no_kernels_reason_.clear();
+      kernels_tried_ = true;
     } catch (const Error& error) {
       no_kernels_reason_ = error.what();
+      kernels_tried_ = error.code() == ErrorCode::kNotSupported;  // else it may work another time
     }
   }
   if (why != nullptr) *why = no_kernels_reason_;

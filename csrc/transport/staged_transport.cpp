@@ -63,7 +63,8 @@ StagedTransport::StagedTransport(std::shared_ptr<Transport> source, Device& devi
   }
   data_bytes_ = round_up(std::max<uint64_t>(options_.read_bytes, 1), kSlotAlignment);
   const uint64_t table_bytes = round_up(data_bytes_ / kTablePart, kSlotAlignment);
-  table_entries_ = (table_bytes - sizeof(uint64_t)) / sizeof(ScatterPiece);  // the last word is for a checksum
+  table_entries_ =
+      (table_bytes - sizeof(uint64_t)) / sizeof(ScatterPiece);  // the last word is for a checksum
   stride_ = data_bytes_ + table_bytes;
   const uint64_t needed = options_.expected_bytes / data_bytes_ + 1;
   const auto count =
@@ -177,7 +178,8 @@ std::shared_ptr<StagedTransport::OwnerProxy> StagedTransport::proxy_locked(const
   std::weak_ptr<OwnerProxy>& known = proxies_[&owner];
   std::shared_ptr<OwnerProxy> proxy = known.lock();
   if (!proxy) {
-    std::erase_if(proxies_, [&](const auto& entry) { return entry.first != &owner && entry.second.expired(); });
+    std::erase_if(proxies_,
+                  [&](const auto& entry) { return entry.first != &owner && entry.second.expired(); });
     proxy = std::make_shared<OwnerProxy>(*this, owner);
     known = proxy;
   }
@@ -254,8 +256,10 @@ void StagedTransport::received(Slot& slot, const Status& status) noexcept {
 
 Status StagedTransport::enqueue(Slot& slot) {
   const std::vector<Segment>& pieces = slot.outer->segments;
-  const auto wanted = static_cast<size_t>(std::count_if(
-      pieces.begin(), pieces.end(), [](const Segment& piece) { return piece.data != nullptr && piece.size > 0; }));
+  const auto wanted =
+      static_cast<size_t>(std::count_if(pieces.begin(), pieces.end(), [](const Segment& piece) {
+        return piece.data != nullptr && piece.size > 0;
+      }));
   const bool check = options_.verify_device && slot.checksum;
   if (kernels_ != nullptr && (check || wanted >= options_.scatter_pieces)) {
     if (const cuda::Pointer block = block_of(slot); block != 0) return place(slot, block);
@@ -305,13 +309,14 @@ Status StagedTransport::place(Slot& slot, cuda::Pointer block) {
     status = driver_.status("cuMemsetD32Async", driver_.fill_words(block + crc_offset, 0, 1, stream_));
     if (status.ok()) status = kernels_->crc32c(block, slot.length, block + crc_offset, stream_);
     if (status.ok()) {
-      status = driver_.status("cuMemcpyDtoHAsync", driver_.copy_to_host(slot.memory + crc_offset,
-                                                                        block + crc_offset, 4, stream_));
+      status = driver_.status("cuMemcpyDtoHAsync",
+                              driver_.copy_to_host(slot.memory + crc_offset, block + crc_offset, 4, stream_));
     }
     slot.checked_on_device = status.ok();
   }
   if (status.ok() && count > 0) {
-    status = copied(driver_.copy_to_device(block + data_bytes_, table, count * sizeof(ScatterPiece), stream_));
+    status =
+        copied(driver_.copy_to_device(block + data_bytes_, table, count * sizeof(ScatterPiece), stream_));
     if (status.ok()) status = kernels_->scatter(block, block + data_bytes_, count, stream_);
     slot.counters.scattered_pieces += count;
   }
@@ -338,15 +343,16 @@ cuda::Pointer StagedTransport::block_of(const Slot& slot) {
 // Waits for the slot's copies, and says what became of them.
 Status StagedTransport::quiet(Slot& slot) const {
   Status status = slot.event.synchronize();
-  // An error of the wait says nothing about the copies. When this fails too, the context is lost and nothing runs.
+  // An error of the wait says nothing about the copies. When this fails too, the context is lost and nothing
+  // runs.
   if (!status.ok()) driver_.stream_synchronize(stream_);
   if (!slot.enqueue_status.ok()) return slot.enqueue_status;
   if (!status.ok() || !slot.checked_on_device) return status;
   uint32_t seen = 0;
   std::memcpy(&seen, slot.memory + stride_ - sizeof(uint64_t), sizeof(seen));
   if (seen == slot.crc) return status;
-  return Status(ErrorCode::kIntegrity, "'" + slot.object + "' arrived on cuda:" +
-                                           std::to_string(device_.ordinal()) +
+  return Status(ErrorCode::kIntegrity, "'" + slot.object +
+                                           "' arrived on cuda:" + std::to_string(device_.ordinal()) +
                                            " with other bytes than it had in host memory");
 }
 
@@ -378,10 +384,12 @@ void StagedTransport::finish(Slot& slot, Status status) noexcept {
   quiet_.notify_all();  // under the lock: the destructor goes on right after
 }
 
-// Gives buffers back in the order in which their copies were enqueued, and lets reads begin whose time has come.
+// Gives buffers back in the order in which their copies were enqueued, and lets reads begin whose time has
+// come.
 void StagedTransport::reap() {
   name_this_thread("rdmaload-copy");
-  // Current for the thread's life. Without a context nothing runs in it, so there is nothing to wait for either.
+  // Current for the thread's life. Without a context nothing runs in it, so there is nothing to wait for
+  // either.
   std::optional<DeviceGuard> guard;
   Status lost;
   try {

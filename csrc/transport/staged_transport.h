@@ -1,11 +1,12 @@
-// The road to a GPU through page-locked host memory: a transport around another one. Its reads have segments in
-// device memory.
+// The road to a GPU through page-locked host memory: a transport around another one. Its reads have segments
+// in device memory.
 //
-// A ring of equal page-locked buffers lies between the source's reading threads and the device's copy stream. A read
-// gets a buffer (or waits for one, lowest priority number first), the source receives into it and computes the
-// checksum, its thread enqueues the copies and goes on, and when their event has fired a thread of this object gives
-// the buffer back and completes the read. So reading and copying overlap, and either waits for the other when the
-// ring is full or empty. The read contract (transport.h) holds with "the transport" as this and the GPU's copy engine.
+// A ring of equal page-locked buffers lies between the source's reading threads and the device's copy stream.
+// A read gets a buffer (or waits for one, lowest priority number first), the source receives into it and
+// computes the checksum, its thread enqueues the copies and goes on, and when their event has fired a thread
+// of this object gives the buffer back and completes the read. So reading and copying overlap, and either
+// waits for the other when the ring is full or empty. The read contract (transport.h) holds with "the
+// transport" as this and the GPU's copy engine.
 //
 // Many small pieces of one read are copied as a block and placed by one kernel, where there are kernels. With
 // `verify_device` every block goes that way and its checksum is computed again on the device.
@@ -33,24 +34,25 @@
 namespace rdmaload {
 
 struct StagingOptions {
-  uint64_t read_bytes = 8 << 20;      // the longest read that will be submitted
-  uint64_t staging_bytes = 64 << 20;  // page-locked in all, but two reads at least
+  uint64_t read_bytes = 8 << 20;         // the longest read that will be submitted
+  uint64_t staging_bytes = 64 << 20;     // page-locked in all, but two reads at least
   uint64_t expected_bytes = UINT64_MAX;  // no more is page-locked than so many bytes to read need
-  size_t scatter_pieces = 16;         // from so many pieces of a read on, one kernel places them
-  bool verify_device = false;         // compute checksums again on the device; needs kernels
-  bool trace = false;                 // keep the times of every read
+  size_t scatter_pieces = 16;            // from so many pieces of a read on, one kernel places them
+  bool verify_device = false;            // compute checksums again on the device; needs kernels
+  bool trace = false;                    // keep the times of every read
 };
 
 struct StagingCounters {
-  uint64_t copied_bytes = 0;     // to the device, by its copy engine
-  uint64_t copies = 0;           // from host to device
+  uint64_t copied_bytes = 0;      // to the device, by its copy engine
+  uint64_t copies = 0;            // from host to device
   uint64_t scattered_pieces = 0;  // placed by a kernel
-  uint64_t verified_bytes = 0;   // whose checksum was computed on the device too
-  uint64_t staging_bytes = 0;    // page-locked
-  uint64_t device_bytes = 0;     // of device memory for blocks
+  uint64_t verified_bytes = 0;    // whose checksum was computed on the device too
+  uint64_t staging_bytes = 0;     // page-locked
+  uint64_t device_bytes = 0;      // of device memory for blocks
 };
 
-// When a read got its buffer, when its bytes had arrived, and when they were on the device; since construction.
+// When a read got its buffer, when its bytes had arrived, and when they were on the device; since
+// construction.
 struct StagingTrace {
   std::chrono::nanoseconds begun, received, copied;
   uint64_t bytes;
@@ -68,8 +70,8 @@ class StagedTransport final : public Transport {
   std::string_view path() const noexcept override { return path_; }
   int connections() const noexcept override { return source_->connections(); }
 
-  // Writes from now on come after what `consumer` (a stream of the device) has to do now: call it between making
-  // destinations and submitting reads into them.
+  // Writes from now on come after what `consumer` (a stream of the device) has to do now: call it between
+  // making destinations and submitting reads into them.
   void follow(cuda::Stream consumer);
   // What `consumer` does from now on comes after all that was enqueued here.
   void lead(cuda::Stream consumer);
@@ -117,9 +119,9 @@ class StagedTransport final : public Transport {
   mutable std::mutex mutex_;
   std::condition_variable enqueued_;
   std::condition_variable quiet_;
-  std::vector<Slot*> idle_;                            // Guarded by mutex_, as all below.
-  std::map<uint64_t, std::deque<Read*>> waiting_;      // for a buffer, by priority; no empty queues
-  std::multimap<Clock::time_point, Read*> delayed_;    // not before a time; they hold no buffer until then
+  std::vector<Slot*> idle_;                          // Guarded by mutex_, as all below.
+  std::map<uint64_t, std::deque<Read*>> waiting_;    // for a buffer, by priority; no empty queues
+  std::multimap<Clock::time_point, Read*> delayed_;  // not before a time; they hold no buffer until then
   std::map<const ReadOwner*, std::weak_ptr<OwnerProxy>> proxies_;
   std::deque<Slot*> copying_;
   size_t outstanding_ = 0;  // reads not completed

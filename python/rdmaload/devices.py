@@ -61,7 +61,7 @@ class TorchAllocator:
     def unavailable_reason(self) -> str | None:
         import torch
 
-        if not torch.backends.cuda.is_built():
+        if torch.version.cuda is None and torch.version.hip is None:
             return f"this torch ({torch.__version__}) is built for the CPU: install one with CUDA"
         if not torch.cuda.is_available():
             return "torch sees no CUDA device: is there a GPU, its driver, and is it in CUDA_VISIBLE_DEVICES?"
@@ -96,7 +96,7 @@ class TorchAllocator:
     def record_stream(self, tensor: torch.Tensor, ordinal: int, stream: int) -> None:
         import torch
 
-        tensor.record_stream(torch.cuda.ExternalStream(stream, device=f"cuda:{ordinal}"))
+        tensor.record_stream(torch.cuda.ExternalStream(stream, device=f"cuda:{ordinal}"))  # type: ignore[no-untyped-call]
 
 
 @functools.cache

@@ -56,9 +56,7 @@ class Filling:
         else:
             self._staged.setdefault(place, {}).setdefault(position, []).append(name)
 
-    def run(
-        self, reader: StoreReader, stats: LoadStats, report: Report, window_bytes: int, road_to: RoadTo
-    ) -> None:
+    def run(self, reader: StoreReader, stats: LoadStats, report: Report, window_bytes: int, road_to: RoadTo) -> None:
         """Read everything. Raises the first error; `loaded` says what is complete all the same."""
         roads = self._roads(stats, road_to)
         in_place = sorted(self._in_place.items(), key=_host_first) or [(None, {})]

@@ -244,9 +244,7 @@ class Model:
         self._weights_of(rank)  # errors of layout come from this call, not from the first next()
         place = checked_device(device)
         if place.type == "cuda":
-            return self._stream_to_gpu(
-                rank, place, None, include, exclude, self.stats_for(stats), progress, window
-            )
+            return self._stream_to_gpu(rank, place, None, include, exclude, self.stats_for(stats), progress, window)
         return self._stream(rank, place, None, include, exclude, self.stats_for(stats), progress, window, borrow)
 
     def _require_converted(

@@ -35,7 +35,7 @@ _STATE_FIELDS = (
 
 
 class _State(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint64) for name in _STATE_FIELDS]  # noqa: RUF012
+    _fields_ = [(name, ctypes.c_uint64) for name in _STATE_FIELDS]
 
 
 def library() -> Path:

@@ -1,4 +1,5 @@
-// The road to a GPU on the fake driver: right bytes whatever the order of things, and what happens when it breaks.
+// The road to a GPU on the fake driver: right bytes whatever the order of things, and what happens when it
+// breaks.
 #include "transport/staged_transport.h"
 
 #include <doctest/doctest.h>
@@ -31,7 +32,8 @@ struct Fixture {
   explicit Fixture(uint64_t seed = 1, int ordinal = 0) : gpu(seed), device(gpu.device(ordinal)) {
     std::vector<int64_t> sizes;
     std::mt19937_64 random(seed);
-    for (int i = 0; i < 60; ++i) sizes.push_back(static_cast<int64_t>(testing::pick(random, 0, i % 10 ? 900 : 90'000)));
+    for (int i = 0; i < 60; ++i)
+      sizes.push_back(static_cast<int64_t>(testing::pick(random, 0, i % 10 ? 900 : 90'000)));
     model.add_file(sizes, seed);
     model.add_blocks(200'000, 50'000, seed + 1);
     model.divide(kChunk, true, true);
@@ -155,8 +157,9 @@ TEST_CASE("what a consumer still does with memory does not come after the load's
   {  // torch gave the memory out again while its last user's work is still queued
     const DeviceGuard guard(fixture.device);
     for (int i = 0; i < 30; ++i) {
-      fixture.gpu.driver.check("fill", fixture.gpu.driver.fill_words(target.buffer->data(), 0xdeadbeef,
-                                                                     target.buffer->size() / 4, consumer.handle()));
+      fixture.gpu.driver.check(
+          "fill", fixture.gpu.driver.fill_words(target.buffer->data(), 0xdeadbeef, target.buffer->size() / 4,
+                                                consumer.handle()));
     }
   }
   staged->follow(consumer.handle());
@@ -170,7 +173,8 @@ TEST_CASE("what a consumer still does with memory does not come after the load's
 TEST_CASE("a load is not over before its copies are") {
   Fixture fixture;
   const Fixture::Target target(fixture.device, *fixture.plan);
-  const auto staged = std::make_shared<StagedTransport>(fixture.source(), fixture.device, fixture.options(200));
+  const auto staged =
+      std::make_shared<StagedTransport>(fixture.source(), fixture.device, fixture.options(200));
   fixture.gpu.hold(true);
   const auto load = fixture.load(staged, target);
   load->start();
@@ -211,7 +215,8 @@ TEST_CASE("a cancelled load ends only when nothing is written any more") {
   load->start();
   while (fixture.reads.load() < 5) std::this_thread::yield();
   load->cancel();
-  CHECK_FALSE(load->wait(Deadline::after(std::chrono::milliseconds(100))));  // copies that are queued cannot be called back
+  CHECK_FALSE(load->wait(
+      Deadline::after(std::chrono::milliseconds(100))));  // copies that are queued cannot be called back
   fixture.gpu.hold(false);
   REQUIRE(load->wait(soon()));
   target.reset();  // a copy into it now would break the context
@@ -222,10 +227,11 @@ TEST_CASE("a cancelled load ends only when nothing is written any more") {
   check_all_given_back(before, fixture.gpu.state());
 }
 
-TEST_CASE("whichever driver call fails, the load ends with that error, nothing is left, and the next load works") {
-  const char* const calls[] = {"cuMemcpyHtoDAsync_v2", "cuEventRecord",       "cuEventSynchronize",
-                               "cuCtxPushCurrent_v2",  "cuLaunchKernel",      "cuMemcpyDtoHAsync_v2",
-                               "cuMemsetD32Async",     "cuMemHostAlloc",      "cuEventCreate"};
+TEST_CASE(
+    "whichever driver call fails, the load ends with that error, nothing is left, and the next load works") {
+  const char* const calls[] = {"cuMemcpyHtoDAsync_v2", "cuEventRecord",  "cuEventSynchronize",
+                               "cuCtxPushCurrent_v2",  "cuLaunchKernel", "cuMemcpyDtoHAsync_v2",
+                               "cuMemsetD32Async",     "cuMemHostAlloc", "cuEventCreate"};
   for (const char* call : calls) {
     for (const int nth : {1, 2, 7}) {
       CAPTURE(call);
@@ -266,7 +272,8 @@ TEST_CASE("a copy that breaks the context is the load's error") {
   Fixture fixture;
   const Fixture::Target target(fixture.device, *fixture.plan);
   {
-    const auto staged = std::make_shared<StagedTransport>(fixture.source(), fixture.device, fixture.options());
+    const auto staged =
+        std::make_shared<StagedTransport>(fixture.source(), fixture.device, fixture.options());
     fixture.gpu.fail_work(5, cuda::kIllegalAddress);
     const auto load = fixture.load(staged, target);
     load->start();
@@ -327,7 +334,8 @@ TEST_CASE("the trace shows reads that are received while others are copied") {
     CHECK(trace[i].received <= trace[i].copied);
     bytes += trace[i].bytes;
     for (size_t j = 0; j < trace.size(); ++j) {
-      overlaps = overlaps || (i != j && trace[j].received > trace[i].received && trace[j].received < trace[i].copied);
+      overlaps = overlaps ||
+                 (i != j && trace[j].received > trace[i].received && trace[j].received < trace[i].copied);
     }
   }
   CHECK(bytes == fixture.plan->read_bytes);

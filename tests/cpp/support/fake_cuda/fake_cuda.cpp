@@ -402,7 +402,8 @@ EXPORT cuMemcpyHtoDAsync_v2(cuda::Pointer to, const void* from, size_t bytes, cu
     if (!may_run(device, &FakeCudaState::copies) || !reaches(device, to, bytes)) return;
     std::memcpy(address(to), kept ? kept->data() : from, bytes);
     std::lock_guard inner(driver().mutex);
-    if (driver().corrupt_in > 0 && --driver().corrupt_in == 0) static_cast<char*>(address(to))[bytes / 2] ^= 4;
+    if (driver().corrupt_in > 0 && --driver().corrupt_in == 0)
+      static_cast<char*>(address(to))[bytes / 2] ^= 4;
   });
 }
 EXPORT cuMemcpyDtoHAsync_v2(void* to, cuda::Pointer from, size_t bytes, cuda::Stream stream) {
@@ -570,7 +571,16 @@ EXPORT cuFlushGPUDirectRDMAWrites(int, int) {
 
 CONTROL fake_cuda_reset(uint64_t seed) {
   Driver& d = driver();
-  std::lock_guard lock(d.mutex);
+  std::unique_lock lock(d.mutex);
+  // What a broken context still has to do is dropped, as on a GPU, before the context is made whole.
+  d.held = false;
+  d.changed.notify_all();
+  d.changed.wait(lock, [&] {
+    const auto idle = [](const auto& stream) { return !stream || (stream->work.empty() && !stream->busy); };
+    return std::all_of(std::begin(d.default_streams), std::end(d.default_streams), idle) &&
+           std::all_of(d.streams.begin(), d.streams.end(),
+                       [&](const auto& entry) { return idle(entry.second); });
+  });
   d.failures.clear();
   d.fail_work_in = d.corrupt_in = 0;
   std::fill(std::begin(d.broken), std::end(d.broken), 0);
