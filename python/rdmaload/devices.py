@@ -132,7 +132,14 @@ class DeviceRoad:
     """Reads of one source into memory of one GPU, through page-locked buffers. Raises DeviceError."""
 
     def __init__(
-        self, source: _core.Transport, ordinal: int, options: Options, *, read_bytes: int, expected_bytes: int
+        self,
+        source: _core.Transport,
+        ordinal: int,
+        options: Options,
+        *,
+        read_bytes: int,
+        expected_bytes: int,
+        trace: bool = False,
     ) -> None:
         self._devices = allocator()
         self._ordinal = ordinal
@@ -143,6 +150,7 @@ class DeviceRoad:
             staging_bytes=options.staging_bytes,
             expected_bytes=expected_bytes,
             verify_device=options.verify_device == "on",
+            trace=trace,
         )
         self.extra_bytes = options.device_extra_bytes
         self.queued_bytes = max(options.staging_bytes, 2 * read_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rdmaload
+from benchmarks import device as device_benchmark
 from rdmaload import devices
 from rdmaload.errors import DeviceError
 from tests.support.checkpoints import Checkpoint
@@ -214,6 +216,7 @@ def test_a_torch_for_the_cpu_says_so(small: Path) -> None:
 def test_without_a_driver_the_reason_is_in_the_stats(small: Path) -> None:
     script = """
 import sys
+import time
 from rdmaload import _core, devices
 from rdmaload.options import Options
 from rdmaload.stats import LoadStats
@@ -244,3 +247,17 @@ def test_real_devices_get_the_same_bytes(small: Path, model: str, dtype: torch.d
         expected = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         assert loaded[name].device == torch.device("cuda", 0)
         assert same(loaded[name].cpu(), expected), name
+
+
+def test_the_benchmark_compares_and_shows_overlap(gpu: FakeGpu, small: Path) -> None:
+    nbytes = sum(tensor.nbytes for tensor in stored(small).values())
+    with device_benchmark.sources(small, False) as urls:
+        for url in urls.values():
+            result = device_benchmark.compare(
+                url, small, nbytes, torch.device("cuda", 0), None, 2, time.monotonic() + 60
+            )
+            assert len(result["rdmaload"]["runs"]) == len(result["source"]["runs"]) == 2
+            assert result["share_of_limit"] > 0
+            assert result["timeline"]["reads"] == len(result["timeline"]["events"]) > 0
+            assert 0 <= result["timeline"]["overlapped_share_of_copying"] <= 1
+    assert device_benchmark.union([(0, 2), (1, 3), (5, 6), (5, 5.5)]) == 4
