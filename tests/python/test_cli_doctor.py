@@ -35,6 +35,7 @@ def test_this_machine_is_described(capsys: pytest.CaptureFixture[str]) -> None:
         "crc32c",
         "tls",
         "numa",
+        "gpus",
         "transparent huge pages",
         "memlock limit",
         "open files limit",
@@ -43,7 +44,6 @@ def test_this_machine_is_described(capsys: pytest.CaptureFixture[str]) -> None:
         "tcp congestion control",
         "tcp receive buffer",
         "io_uring",
-        "cuda driver",
         "rdma",
     ):
         assert checks[name]["value"]

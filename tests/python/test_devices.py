@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import rdmaload
 from benchmarks import device as device_benchmark
 from rdmaload import devices
+from rdmaload.cli.host_checks import host_checks
 from rdmaload.errors import DeviceError
 from tests.support.checkpoints import Checkpoint
 from tests.support.fake_gpu import FakeGpu
@@ -261,3 +263,9 @@ def test_the_benchmark_compares_and_shows_overlap(gpu: FakeGpu, small: Path) -> 
             assert result["timeline"]["reads"] == len(result["timeline"]["events"]) > 0
             assert 0 <= result["timeline"]["overlapped_share_of_copying"] <= 1
     assert device_benchmark.union([(0, 2), (1, 3), (5, 6), (5, 5.5)]) == 4
+
+
+def test_the_doctor_names_devices_and_driver(gpu: FakeGpu) -> None:
+    found = {check.name: check for check in host_checks()}["gpus"]
+    assert found.status == "ok"
+    assert re.fullmatch(r"2, \S+libfake_cuda.so of CUDA 13.0, with kernels", found.value)

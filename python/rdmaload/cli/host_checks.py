@@ -49,6 +49,7 @@ def host_checks() -> Iterator[Check]:
     yield _checksums()
     yield _tls()
     yield _numa()
+    yield _gpus()
     yield _huge_pages()
     yield _locked_memory()
     yield _open_files()
@@ -103,6 +104,21 @@ def _checksums() -> Check:
             "checksums may limit loads on this processor; more connections spread them",
         )
     return Check("crc32c", "ok", value)
+
+
+def _gpus() -> Check:
+    try:
+        from rdmaload import _core
+
+        info = _core.cuda_driver_info()
+        count = _core.cuda_device_count()
+    except (ImportError, RuntimeError) as err:  # NotSupportedError is one: this machine has no driver
+        return Check("gpus", "ok", f"none ({str(err).partition(';')[0]})")
+    version = int(info["version"])
+    value = f"{count}, {info['library']} of CUDA {version // 1000}.{version % 1000 // 10}"
+    if info["kernels"]:
+        return Check("gpus", "ok", f"{value}, with kernels")
+    return Check("gpus", "warn", f"{value}, without kernels", "build with nvcc for verify_device and many tiny tensors")
 
 
 def _tls() -> Check:

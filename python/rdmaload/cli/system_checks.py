@@ -13,13 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rdmaload.cli.checks import Check
-from rdmaload.cli.output import count_text, size_text
+from rdmaload.cli.output import size_text
 
 __all__ = ["system_checks"]
 
 _TCP = Path("/proc/sys/net/ipv4")
 _INFINIBAND = Path("/sys/class/infiniband")
-_GPUS = Path("/proc/driver/nvidia/gpus")
 _IO_URING_SETUP = 425  # the system call's number on every architecture
 _IO_URING_PARAMS_BYTES = 120
 _ENOUGH_RECEIVE_BYTES = 4 << 20  # what a load has in flight by default
@@ -30,7 +29,6 @@ def system_checks() -> Iterator[Check]:
     yield _congestion_control()
     yield _receive_buffer()
     yield _io_uring()
-    yield _cuda_driver()
     yield _rdma()
 
 
@@ -85,21 +83,6 @@ def _io_uring() -> Check:
         return Check("io_uring", "ok", f"allowed{setting}")
     reason = errno.errorcode.get(ctypes.get_errno(), str(ctypes.get_errno()))
     return Check("io_uring", "ok", f"not allowed: {reason}{setting}; files are read by threads")
-
-
-def _cuda_driver() -> Check:
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return Check("cuda driver", "ok", "not found; loads go to host memory")
-    version = ctypes.c_int()
-    if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
-        return Check("cuda driver", "warn", "found, but it does not answer", "look at nvidia-smi")
-    gpus = len(list(_GPUS.iterdir())) if _GPUS.is_dir() else 0
-    value = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}, {count_text(gpus, 'GPU')}"
-    if gpus == 0:
-        return Check("cuda driver", "ok", f"{value}; loads go to host memory")
-    return Check("cuda driver", "ok", value)
 
 
 def _library(name: str) -> bool:
