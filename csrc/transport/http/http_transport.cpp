@@ -135,7 +135,7 @@ std::shared_ptr<const HttpTransport::Place> HttpTransport::redirected(
   return place;
 }
 
-Status HttpTransport::perform(Read& read) {
+std::optional<Status> HttpTransport::perform(Read& read) {
   if (read.received >= read.length) read.received = 0;
   read.retry_after = {};
   read.reissues = 0;

@@ -13,6 +13,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -58,7 +59,7 @@ class HttpTransport final : public ThreadedTransport {
   struct Place;
   class Pool;
 
-  Status perform(Read& read) override;
+  std::optional<Status> perform(Read& read) override;
   Status fetch(Read& read, SegmentCursor& cursor);
   std::shared_ptr<const Place> place_of(const std::string& object);
   std::shared_ptr<const Place> renewed(const std::string& object, const std::shared_ptr<const Place>& old,
