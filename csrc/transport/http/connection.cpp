@@ -20,7 +20,7 @@ constexpr size_t kHeadPieceBytes = 1 << 10;
 
 }  // namespace
 
-Connection::Connection(Stream stream) : stream_(std::move(stream)), scratch_(kScratchBytes) {}
+Connection::Connection(ByteStream stream) : stream_(std::move(stream)), scratch_(kScratchBytes) {}
 
 const ResponseHead& Connection::request(std::string_view text, const Patience& patience) {
   answered_ = false;

@@ -11,9 +11,9 @@
 
 #include "core/deadline.h"
 #include "memory/host_arena.h"
+#include "transport/byte_stream.h"
 #include "transport/http/response.h"
 #include "transport/segment_cursor.h"
-#include "transport/stream.h"
 
 namespace rdmaload::http {
 
@@ -25,7 +25,7 @@ struct Patience {
 
 class Connection {
  public:
-  explicit Connection(Stream stream);
+  explicit Connection(ByteStream stream);
 
   // Sends a request without a body and receives the head of its response; interim ones (1xx) are skipped.
   const ResponseHead& request(std::string_view text, const Patience& patience);
@@ -49,7 +49,7 @@ class Connection {
   void find_payload(const Patience& patience);
   void moved(uint64_t bytes);
 
-  Stream stream_;
+  ByteStream stream_;
   HostArena scratch_;
   std::string in_;  // received and not yet used: a head, framing, the start of a body
   size_t in_used_ = 0;

@@ -55,7 +55,7 @@ std::string Route::key() const {
   return proxy ? own + " " + proxy->authority() + " " + proxy_authorization : own;
 }
 
-Stream connect(const Route& route, const TlsContext* tls, Deadline deadline, const GiveUp& give_up) {
+ByteStream connect(const Route& route, const TlsContext* tls, Deadline deadline, const GiveUp& give_up) {
   if (route.server.tls && tls == nullptr) {
     throw Error(ErrorCode::kNotSupported, "https to " + route.server.authority() +
                                               " needs TLS, which this build or machine does not have");
@@ -66,11 +66,12 @@ Stream connect(const Route& route, const TlsContext* tls, Deadline deadline, con
                 "the proxy " + first.authority() + " is reached by TLS: use an http:// proxy");
   }
   if (!route.proxy || !route.server.tls) {
-    return Stream::connect({first.host, first.port, {}}, route.server.tls ? tls : nullptr, deadline, give_up);
+    return ByteStream::connect({first.host, first.port, {}}, route.server.tls ? tls : nullptr, deadline,
+                               give_up);
   }
   Socket socket = Socket::connect(first.host, first.port, deadline, give_up);
   open_tunnel(socket, route, deadline, give_up);
-  return Stream::over(std::move(socket), tls, route.server.host, deadline, give_up);
+  return ByteStream::over(std::move(socket), tls, route.server.host, deadline, give_up);
 }
 
 }  // namespace rdmaload::http

@@ -8,8 +8,8 @@
 #include <optional>
 #include <string>
 
+#include "transport/byte_stream.h"
 #include "transport/http/url.h"
-#include "transport/stream.h"
 
 namespace rdmaload::http {
 
@@ -26,6 +26,6 @@ struct Route {
 
 // Throws kUnavailable, kTimeout, kCancelled, kAuthentication (a certificate, or the proxy's answer),
 // kNotSupported for https without `tls`.
-Stream connect(const Route& route, const TlsContext* tls, Deadline deadline, const GiveUp& give_up);
+ByteStream connect(const Route& route, const TlsContext* tls, Deadline deadline, const GiveUp& give_up);
 
 }  // namespace rdmaload::http

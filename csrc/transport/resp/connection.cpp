@@ -18,8 +18,8 @@ size_t bulk_header_bytes(uint64_t length) { return 1 + std::to_string(length).si
 
 Connection::Connection(const Endpoint& endpoint, const GiveUp& give_up)
     : endpoint_(endpoint),
-      stream_(Stream::connect({endpoint.host, endpoint.port, endpoint.socket_path}, endpoint.tls.get(),
-                              Deadline::after(endpoint.connect_timeout), give_up)),
+      stream_(ByteStream::connect({endpoint.host, endpoint.port, endpoint.socket_path}, endpoint.tls.get(),
+                                  Deadline::after(endpoint.connect_timeout), give_up)),
       last_activity_(Clock::now()),
       scratch_(kScratchBytes) {
   handshake(give_up);

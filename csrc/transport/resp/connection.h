@@ -12,9 +12,9 @@
 #include <string>
 
 #include "memory/host_arena.h"
+#include "transport/byte_stream.h"
 #include "transport/resp/reply.h"
 #include "transport/segment_cursor.h"
-#include "transport/stream.h"
 #include "transport/transport.h"
 
 namespace rdmaload::resp {
@@ -68,7 +68,7 @@ class Connection {
   enum class State { kHeader, kPayload, kTrailer };
 
   const Endpoint& endpoint_;
-  Stream stream_;
+  ByteStream stream_;
   std::string out_;  // requests not yet sent
   size_t out_sent_ = 0;
   std::string in_;  // reply bytes outside of payloads: header lines, trailers, errors

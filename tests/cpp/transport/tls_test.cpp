@@ -9,9 +9,9 @@
 #include "core/error.h"
 #include "support/bytes.h"
 #include "support/tls_server.h"
+#include "transport/byte_stream.h"
 #include "transport/openssl.h"
 #include "transport/resp/resp_transport.h"
-#include "transport/stream.h"
 
 namespace rdmaload {
 namespace {
@@ -45,13 +45,13 @@ struct World {
   }
 };
 
-Stream open(const RespServer& server, const TlsOptions& options, const std::string& host = "127.0.0.1",
-            Deadline deadline = Deadline::after(kSoon), const GiveUp& give_up = never) {
+ByteStream open(const RespServer& server, const TlsOptions& options, const std::string& host = "127.0.0.1",
+                Deadline deadline = Deadline::after(kSoon), const GiveUp& give_up = never) {
   const TlsContext context(options);
-  return Stream::connect({host, server.port(), {}}, &context, deadline, give_up);
+  return ByteStream::connect({host, server.port(), {}}, &context, deadline, give_up);
 }
 
-void send_all(Stream& stream, std::span<const std::byte> bytes) {
+void send_all(ByteStream& stream, std::span<const std::byte> bytes) {
   const Deadline deadline = Deadline::after(kSoon);
   while (!bytes.empty() && !deadline.passed()) {
     const size_t sent = stream.try_send(bytes);
@@ -61,7 +61,7 @@ void send_all(Stream& stream, std::span<const std::byte> bytes) {
 }
 
 // Exactly so many bytes, or what came until the stream failed or time passed.
-std::vector<std::byte> receive(Stream& stream, size_t size) {
+std::vector<std::byte> receive(ByteStream& stream, size_t size) {
   std::vector<std::byte> bytes(size);
   size_t got = 0;
   const Deadline deadline = Deadline::after(kSoon);
@@ -110,7 +110,7 @@ TEST_CASE("what is sent comes back byte for byte, both ways at once, whatever th
   for (const int version : {TLS1_2_VERSION, TLS1_3_VERSION}) {
     TlsSide side({world.certificate, nullptr, version, version});
     RespServer server([](RespSession& session, int) { echo(session); }, "127.0.0.1", side.wrap());
-    Stream stream = open(server, world.client());
+    ByteStream stream = open(server, world.client());
     const auto sent = testing::random_bytes(6'000'000, 1);
     std::vector<std::byte> got(sent.size());
     size_t out = 0, in = 0;
@@ -140,7 +140,7 @@ TEST_CASE("bytes that the library holds already are found without waiting for th
   World world;
   TlsSide side({world.certificate});
   RespServer server([](RespSession& session, int) { say_hello(session); }, "127.0.0.1", side.wrap());
-  Stream stream = open(server, world.client());
+  ByteStream stream = open(server, world.client());
   CHECK(testing::text_of(receive(stream, 1)) == "h");
   for (const char* expected : {"e", "l", "l", "o"}) {
     CHECK(stream.wait(true, false, 0));
@@ -167,7 +167,7 @@ TEST_CASE("keys that the server renews in the middle change nothing") {
         session.send("end");
       },
       "127.0.0.1", side.wrap());
-  Stream stream = open(server, world.client());
+  ByteStream stream = open(server, world.client());
   for (int i = 0; i < 20; ++i) {
     CHECK(testing::text_of(receive(stream, 20000)) == std::string(20000, static_cast<char>('a' + i)));
     const char byte = static_cast<char>('A' + i);
@@ -216,7 +216,7 @@ TEST_CASE("a server is trusted for its name or address, its dates and who signed
     TlsOptions options = world.client();
     options.server_name = with.server_name;
     const auto use = [&] {
-      Stream stream = open(server, options, with.host);
+      ByteStream stream = open(server, options, with.host);
       const auto got = receive(stream, 5);
       CHECK(testing::text_of(got) == "hello");
     };
@@ -249,7 +249,7 @@ TEST_CASE("a directory of authorities under their hashed names is as good as a f
   write_pem(world.directory, name, world.authority.x509.get());
   TlsOptions options;
   options.ca_dir = world.directory.path().string();
-  Stream stream = open(server, options);
+  ByteStream stream = open(server, options);
   CHECK(testing::text_of(receive(stream, 5)) == "hello");
 }
 
@@ -267,7 +267,7 @@ TEST_CASE("the server hears the name that is verified, and no address (SNI)") {
                                             {"127.0.0.1", "store.example", "store.example"},
                                             {"127.0.0.1", "", ""}}) {
     options.server_name = with.server_name;
-    Stream stream = open(server, options, with.host);
+    ByteStream stream = open(server, options, with.host);
     CHECK(testing::text_of(receive(stream, 5)) == "hello");
     CHECK(side.asked_name() == with.asked);
   }
@@ -287,7 +287,7 @@ TEST_CASE("a server that wants a certificate gets ours, and one that refuses us 
     RespServer server([](RespSession& session, int) { say_hello(session); }, "127.0.0.1", side.wrap());
     TlsOptions options = world.client();
     const auto use = [&] {
-      Stream stream = open(server, options);
+      ByteStream stream = open(server, options);
       const auto got = receive(stream, 5);
       CHECK(testing::text_of(got) == "hello");
     };
@@ -308,7 +308,7 @@ TEST_CASE("who is refused while it sends learns why, not only that the connectio
   RespServer server([](RespSession& session, int) { session.wait_for_close(); }, "127.0.0.1", side.wrap());
   for (int i = 0; i < 20; ++i) {
     check_failure(ErrorCode::kAuthentication, {"refused us"}, [&] {
-      Stream stream = open(server, world.client());
+      ByteStream stream = open(server, world.client());
       const std::vector<std::byte> many(100000);
       const Deadline deadline = Deadline::after(kSoon);
       while (!deadline.passed()) {
@@ -360,7 +360,7 @@ TEST_CASE("an end with TLS's good-bye and one without are told apart, after the 
           if (!orderly) session.shut_down();
         },
         "127.0.0.1", side.wrap());
-    Stream stream = open(server, world.client());
+    ByteStream stream = open(server, world.client());
     CHECK(testing::text_of(receive(stream, 5)) == "hello");
     check_failure(ErrorCode::kUnavailable, {"closed the connection"}, [&] { receive(stream, 1); });
     const auto again = failure_of([&] { receive(stream, 1); });
@@ -402,7 +402,7 @@ TEST_CASE("a record that is cut off in its middle gives nothing of itself") {
       }
     }
   });
-  Stream stream = open(between, world.client());
+  ByteStream stream = open(between, world.client());
   std::vector<std::byte> got(5);
   check_failure(ErrorCode::kUnavailable, {"cut off"}, [&] { got = receive(stream, 5); });
   CHECK(got == std::vector<std::byte>(5));
@@ -453,7 +453,7 @@ TEST_CASE("a unix socket is reached by its path") {
   TempDir directory;
   const auto path = (directory.path() / "s").string();
   RespServer server([](RespSession& session, int) { say_hello(session); }, path);
-  Stream stream = Stream::connect({"", 0, path}, nullptr, Deadline::after(kSoon), never);
+  ByteStream stream = ByteStream::connect({"", 0, path}, nullptr, Deadline::after(kSoon), never);
   CHECK(testing::text_of(receive(stream, 5)) == "hello");
   check_failure(ErrorCode::kUnavailable, {path + "none", "No such file"},
                 [&] { Socket::connect_unix(path + "none", Deadline::after(kSoon), never); });

@@ -17,20 +17,20 @@ struct Address {
   std::string socket_path;  // of a unix socket; host and port mean nothing then
 };
 
-class Stream {
+class ByteStream {
  public:
   // With `tls` (null: none), shakes hands as well. Throws what Socket and TlsStream throw.
-  static Stream connect(const Address& address, const TlsContext* tls, Deadline deadline,
-                        const GiveUp& give_up) {
+  static ByteStream connect(const Address& address, const TlsContext* tls, Deadline deadline,
+                            const GiveUp& give_up) {
     Socket socket = address.socket_path.empty()
                         ? Socket::connect(address.host, address.port, deadline, give_up)
                         : Socket::connect_unix(address.socket_path, deadline, give_up);
     return over(std::move(socket), tls, address.host, deadline, give_up);
   }
   // The same over a connection that was made already, through a proxy say.
-  static Stream over(Socket socket, const TlsContext* tls, const std::string& host, Deadline deadline,
-                     const GiveUp& give_up) {
-    Stream stream;
+  static ByteStream over(Socket socket, const TlsContext* tls, const std::string& host, Deadline deadline,
+                         const GiveUp& give_up) {
+    ByteStream stream;
     if (tls != nullptr) {
       stream.tls_.emplace(std::move(socket), *tls, host, deadline, give_up);
     } else {
@@ -56,7 +56,7 @@ class Stream {
   void set_low_water(int bytes) noexcept { tls_ ? tls_->set_low_water(bytes) : socket_.set_low_water(bytes); }
 
  private:
-  Stream() = default;
+  ByteStream() = default;
   Socket socket_;  // not connected when tls_ owns it
   std::optional<TlsStream> tls_;
 };
