@@ -47,8 +47,9 @@ class Runs {
 
 ssize_t read_direct_piece(const FileCalls& calls, const OpenFile& file, uint64_t offset,
                           SegmentCursor& cursor, std::span<std::byte> bounce) {
-  const auto [memory_alignment, block] = file.direct_alignment();
-  const auto up = [block = block](uint64_t value) { return (value + block - 1) / block * block; };
+  const uint64_t memory_alignment = file.direct_alignment().memory;
+  const uint64_t block = file.direct_alignment().offset;
+  const auto up = [block](uint64_t value) { return (value + block - 1) / block * block; };
   const uint64_t begin = offset / block * block;
   const uint64_t wanted_end = offset + std::min<uint64_t>(cursor.left(), begin + bounce.size() - offset);
 

@@ -166,7 +166,11 @@ void OpenFile::open_directly(const FileOptions& options) {
     const auto cached = options.calls.cached_fraction(fd_, size);
     if (!cached || *cached > kColdFraction) return;
     announced_ = announce_reader();
-    if (!announced_ || !only_reader()) {
+    if (!announced_) {
+      refusal_ = "'" + path_ + "' cannot be locked here, so other readers cannot be seen";
+      return;
+    }
+    if (!only_reader()) {
       refusal_ = "another reader has '" + path_ + "' open, and the page cache serves both";
       return;
     }

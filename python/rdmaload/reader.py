@@ -55,7 +55,8 @@ class Batch:
     operation: _core.LoadOperation
     tensors: Sequence[torch.Tensor] = ()
     """On a GPU: those that the destinations are the memory of, one per selected tensor."""
-    path: str = ""
+    is_staged: bool = False
+    """The bytes go to a GPU through page-locked buffers."""
 
     @property
     def arenas(self) -> Sequence[_core.HostArena]:
@@ -215,7 +216,7 @@ class StoreReader:
                 raise self._closed_error()
             self._started.add(operation)
         operation.start()
-        return Batch(plan, destinations, operation, tensors, transport.path)
+        return Batch(plan, destinations, operation, tensors, is_staged=road is not None)
 
     def finish(self, batch: Batch, stats: LoadStats, tick: Tick | None = None) -> None:
         """Wait until everything has arrived and is verified; add what it took to `stats`. Raises the first error."""
@@ -319,7 +320,8 @@ class StoreReader:
         counters = batch.operation.counters()
         transport = self._transport
         if transport is not None:
-            stats.path = batch.path
+            # The source's part is known only now: files are read in ways that are chosen as they are opened.
+            stats.path = transport.path + ("+staged-gpu" if batch.is_staged else "")
             stats.connections = transport.connections
             self._note_fallback(transport.fallback_reason, stats)
         stats.generation = self._generation
