@@ -8,4 +8,5 @@ PYBIND11_MODULE(_core, module) {
   rdmaload::bindings::register_transport(module);
   rdmaload::bindings::register_device(module);  // after its base class
   rdmaload::bindings::register_loader(module);
+  rdmaload::bindings::register_server(module);
 }

@@ -10,5 +10,6 @@ void register_memory(pybind11::module_& module);
 void register_device(pybind11::module_& module);
 void register_transport(pybind11::module_& module);
 void register_loader(pybind11::module_& module);
+void register_server(pybind11::module_& module);
 
 }  // namespace rdmaload::bindings

@@ -1,0 +1,511 @@
+// The commands: what each of them does to the store and what it answers, as Redis would.
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <array>
+#include <charconv>
+#include <cstring>
+#include <limits>
+#include <optional>
+
+#include "server/command_table.h"
+#include "server/glob.h"
+
+namespace rdmaload::server {
+namespace {
+
+constexpr size_t kAnyNumber = std::numeric_limits<size_t>::max();
+constexpr uint64_t kScanCount = 10;  // Redis' default
+constexpr uint64_t kMaxScanCount =
+    10'000;  // COUNT is a hint; this bounds how long the store is busy with one
+constexpr uint64_t kMaxScanBytes = 128 << 10;  // of keys in one reply
+constexpr size_t kMaxNameBytes = 1024;
+constexpr std::string_view kRedisVersion = "7.2.0";  // whose behaviour clients may expect of what is here
+
+std::optional<int64_t> number_of(std::string_view text) {
+  int64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size()) return std::nullopt;
+  return value;
+}
+
+// Takes as long for a wrong byte at the beginning as for one at the end.
+bool same_secret(std::string_view a, std::string_view b) {
+  unsigned difference = a.size() == b.size() ? 0 : 1;
+  for (size_t i = 0; i < a.size() && !b.empty(); ++i) {
+    difference |= static_cast<unsigned char>(a[i]) ^ static_cast<unsigned char>(b[i % b.size()]);
+  }
+  return difference == 0;
+}
+
+std::string human(uint64_t bytes) {
+  std::array<char, 32> text{};
+  std::snprintf(text.data(), text.size(), "%.2fG", static_cast<double>(bytes) / (1 << 30));
+  return text.data();
+}
+
+std::string seconds_text(const timeval& time) {
+  std::array<char, 48> text{};
+  std::snprintf(text.data(), text.size(), "%lld.%06ld", static_cast<long long>(time.tv_sec),
+                static_cast<long>(time.tv_usec));
+  return text.data();
+}
+
+}  // namespace
+
+std::span<const Session::Command> Session::commands() {
+  static constexpr Command kCommands[] = {
+      {"AUTH", 2, 3, true, &Session::auth},
+      {"CLIENT", 2, kAnyNumber, false, &Session::client},
+      {"COMMAND", 1, kAnyNumber, false, &Session::command},
+      {"CONFIG", 2, kAnyNumber, false, &Session::config},
+      {"DBSIZE", 1, 1, false, &Session::dbsize},
+      {"DEL", 2, kAnyNumber, false, &Session::remove},
+      {"ECHO", 2, 2, false, &Session::echo},
+      {"EXISTS", 2, kAnyNumber, false, &Session::exists},
+      {"GET", 2, 2, false, &Session::get},
+      {"GETRANGE", 4, 4, false, &Session::get_range},
+      {"HELLO", 1, 7, true, &Session::hello},
+      {"INFO", 1, kAnyNumber, false, &Session::info},
+      {"MGET", 2, kAnyNumber, false, &Session::mget},
+      {"PING", 1, 2, false, &Session::ping},
+      {"QUIT", 1, kAnyNumber, true, &Session::quit},
+      {"RESET", 1, 1, true, &Session::reset},
+      {"SADD", 3, kAnyNumber, false, &Session::sadd},
+      {"SCAN", 2, kAnyNumber, false, &Session::scan},
+      {"SELECT", 2, 2, false, &Session::select},
+      {"SET", 3, kAnyNumber, false, &Session::set},
+      {"SHUTDOWN", 1, 2, false, &Session::shutdown},
+      {"SISMEMBER", 3, 3, false, &Session::sismember},
+      {"SMEMBERS", 2, 2, false, &Session::smembers},
+      {"SREM", 3, kAnyNumber, false, &Session::srem},
+      {"STRLEN", 2, 2, false, &Session::strlen},
+      {"TYPE", 2, 2, false, &Session::type},
+      {"UNLINK", 2, kAnyNumber, false, &Session::remove},
+  };
+  return kCommands;
+}
+
+const Session::Command* Session::find_command(std::string_view name) {
+  for (const Command& command : commands()) {
+    if (same_word(name, command.name)) return &command;
+  }
+  return nullptr;
+}
+
+// ---- who is asking -----------------------------------------------------------------------------
+
+bool Session::check_password(std::string_view user, std::string_view password) {
+  const bool known =
+      !shared_.password.empty() && user == "default" && same_secret(password, shared_.password);
+  if (!known) {
+    error("WRONGPASS invalid username-password pair or user is disabled.");
+    return false;
+  }
+  authenticated_ = true;
+  parser_.set_limits(RequestLimits{});
+  return true;
+}
+
+void Session::auth(const Arguments& arguments) {
+  if (arguments.size() == 2 && shared_.password.empty()) {
+    error(
+        "ERR AUTH <password> called without any password configured for the default user. "
+        "Are you sure your configuration is correct?");
+    return;
+  }
+  const bool named = arguments.size() == 3;
+  // Without a password anybody is the default user, whatever password they say.
+  const bool open = named && shared_.password.empty() && arguments[1] == "default";
+  if (open || check_password(named ? arguments[1] : "default", arguments.back())) simple("OK");
+}
+
+void Session::hello(const Arguments& arguments) {
+  int protocol = protocol_;
+  size_t at = 1;
+  if (arguments.size() > 1) {
+    const auto wanted = number_of(arguments[at++]);
+    if (!wanted) return error("ERR Protocol version is not an integer or out of range");
+    if (*wanted != 2 && *wanted != 3) return error("NOPROTO unsupported protocol version");
+    protocol = static_cast<int>(*wanted);
+  }
+  std::optional<std::string_view> name;
+  while (at < arguments.size()) {
+    if (same_word(arguments[at], "AUTH") && at + 2 < arguments.size()) {
+      const bool open = shared_.password.empty() && arguments[at + 1] == "default";
+      if (!open && !check_password(arguments[at + 1], arguments[at + 2])) return;
+      at += 3;
+    } else if (same_word(arguments[at], "SETNAME") && at + 1 < arguments.size()) {
+      name = arguments[at + 1];
+      at += 2;
+    } else {
+      return error("ERR Syntax error in HELLO option");
+    }
+  }
+  if (!authenticated_) {
+    return error(
+        "NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO <proto> "
+        "AUTH <user> <pass> option can be used to authenticate the client and select the RESP protocol "
+        "version at the same time");
+  }
+  if (name) {
+    const std::lock_guard lock(name_mutex_);
+    name_ = name->substr(0, kMaxNameBytes);
+  }
+  protocol_ = protocol;
+  map(7);
+  bulk("server");
+  bulk("rdmaload");
+  bulk("version");
+  bulk(kRedisVersion);
+  bulk("proto");
+  integer(static_cast<uint64_t>(protocol_));
+  bulk("id");
+  integer(id_);
+  bulk("mode");
+  bulk("standalone");
+  bulk("role");
+  bulk("master");
+  bulk("modules");
+  array(0);
+}
+
+void Session::reset(const Arguments&) {
+  protocol_ = 2;
+  authenticated_ = shared_.password.empty();
+  if (!authenticated_) parser_.set_limits(kUnknownClientLimits);
+  const std::lock_guard lock(name_mutex_);
+  name_.clear();
+  simple("RESET");
+}
+
+void Session::quit(const Arguments&) {
+  simple("OK");
+  closing_ = true;
+}
+
+void Session::shutdown(const Arguments&) {
+  closing_ = true;
+  shared_.shut_down();
+}
+
+void Session::client(const Arguments& arguments) {
+  const std::string_view what = arguments[1];
+  const size_t count = arguments.size();
+  if (same_word(what, "SETNAME") && count == 3) {
+    for (const char c : arguments[2]) {
+      if (c <= ' ' || c > '~')
+        return error("ERR Client names cannot contain spaces, newlines or special characters.");
+    }
+    const std::lock_guard lock(name_mutex_);
+    name_ = arguments[2].substr(0, kMaxNameBytes);
+    return simple("OK");
+  }
+  if (same_word(what, "GETNAME") && count == 2) {
+    const std::lock_guard lock(name_mutex_);
+    return name_.empty() ? null() : bulk(name_);
+  }
+  if (same_word(what, "ID") && count == 2) return integer(id_);
+  if (same_word(what, "INFO") && count == 2) return bulk(list_line());
+  if (same_word(what, "LIST")) return bulk(shared_.client_lines());
+  if ((same_word(what, "SETINFO") && count == 4) || (same_word(what, "NO-EVICT") && count == 3) ||
+      (same_word(what, "NO-TOUCH") && count == 3)) {
+    return simple("OK");
+  }
+  error("ERR unknown subcommand or wrong number of arguments for 'client'");
+}
+
+// ---- values ------------------------------------------------------------------------------------
+
+void Session::get(const Arguments& arguments) {
+  const Found found = shared_.store.get(arguments[1]);
+  if (!passed(found.outcome)) return;
+  if (std::holds_alternative<std::monostate>(found.content)) {
+    ++shared_.counters.misses;
+    return null();
+  }
+  ++shared_.counters.hits;
+  content_reply(found.content, 0, content_bytes(found.content));
+}
+
+void Session::mget(const Arguments& arguments) {
+  array(arguments.size() - 1);
+  for (size_t i = 1; i < arguments.size(); ++i) {
+    const Found found = shared_.store.get(arguments[i]);
+    // A set is no value: null, as in Redis.
+    if (std::holds_alternative<std::monostate>(found.content)) {
+      ++shared_.counters.misses;
+      null();
+    } else {
+      ++shared_.counters.hits;
+      content_reply(found.content, 0, content_bytes(found.content));
+    }
+  }
+}
+
+void Session::get_range(const Arguments& arguments) {
+  const auto first = number_of(arguments[2]);
+  const auto last = number_of(arguments[3]);
+  if (!first || !last) return error("ERR value is not an integer or out of range");
+  const Found found = shared_.store.get(arguments[1]);
+  if (!passed(found.outcome)) return;
+  // Counted from the end when negative; bytes of values are far below the limits of int64.
+  const auto size = static_cast<int64_t>(content_bytes(found.content));
+  const int64_t begin = *first >= 0 ? *first : *first < -size ? 0 : size + *first;
+  const int64_t end = *last >= 0 ? std::min(*last, size - 1) : *last < -size ? -1 : size + *last;
+  if (size == 0 || begin > end || (*last < -size)) return bulk("");
+  content_reply(found.content, static_cast<uint64_t>(begin), static_cast<uint64_t>(end - begin + 1));
+}
+
+void Session::strlen(const Arguments& arguments) {
+  const Found found = shared_.store.get(arguments[1]);
+  if (passed(found.outcome)) integer(content_bytes(found.content));
+}
+
+void Session::set(const Arguments& arguments) {
+  auto condition = SetCondition::kAlways;
+  for (size_t i = 3; i < arguments.size(); ++i) {
+    const bool absent = same_word(arguments[i], "NX");
+    if (condition != SetCondition::kAlways || (!absent && !same_word(arguments[i], "XX"))) {
+      return error("ERR syntax error: this server knows NX or XX only, and nothing expires");
+    }
+    condition = absent ? SetCondition::kIfAbsent : SetCondition::kIfPresent;
+  }
+  std::shared_ptr<Value> value = std::move(value_);
+  if (value == nullptr) {
+    value = shared_.store.memory()->allocate(arguments[2].size());
+    if (value == nullptr) {
+      passed(Outcome::kNoMemory);
+      return;
+    }
+    if (!arguments[2].empty()) std::memcpy(value->fill().data(), arguments[2].data(), arguments[2].size());
+  }
+  const Outcome outcome = shared_.store.set(arguments[1], std::move(value), condition);
+  if (!passed(outcome)) return;
+  outcome == Outcome::kDone ? simple("OK") : null();
+}
+
+void Session::remove(const Arguments& arguments) {
+  const Counted removed = shared_.store.remove(std::span(arguments).subspan(1));
+  if (passed(removed.outcome)) integer(removed.count);
+}
+
+void Session::exists(const Arguments& arguments) {
+  uint64_t count = 0;
+  for (size_t i = 1; i < arguments.size(); ++i)
+    count += shared_.store.kind(arguments[i]) != Kind::kNone ? 1 : 0;
+  integer(count);
+}
+
+void Session::type(const Arguments& arguments) {
+  const Kind kind = shared_.store.kind(arguments[1]);
+  simple(kind == Kind::kNone ? "none" : kind == Kind::kSet ? "set" : "string");
+}
+
+// ---- sets of names -----------------------------------------------------------------------------
+
+void Session::sadd(const Arguments& arguments) {
+  const Counted added = shared_.store.add_members(arguments[1], std::span(arguments).subspan(2));
+  if (passed(added.outcome)) integer(added.count);
+}
+
+void Session::srem(const Arguments& arguments) {
+  const Counted removed = shared_.store.remove_members(arguments[1], std::span(arguments).subspan(2));
+  if (passed(removed.outcome)) integer(removed.count);
+}
+
+void Session::sismember(const Arguments& arguments) {
+  const Counted found = shared_.store.has_member(arguments[1], arguments[2]);
+  if (passed(found.outcome)) integer(found.count);
+}
+
+void Session::smembers(const Arguments& arguments) {
+  ValuePtr encoded;
+  uint64_t count = 0;
+  if (!passed(shared_.store.members(arguments[1], encoded, count))) return;
+  replies_.text((protocol_ == 3 ? "~" : "*") + std::to_string(count) + "\r\n");
+  if (encoded != nullptr) replies_.content(encoded, 0, encoded->bytes().size());
+}
+
+// ---- the keyspace ------------------------------------------------------------------------------
+
+void Session::dbsize(const Arguments&) { integer(shared_.store.size()); }
+
+void Session::scan(const Arguments& arguments) {
+  uint64_t cursor = 0;
+  const std::string_view from = arguments[1];
+  const auto [end, failure] = std::from_chars(from.data(), from.data() + from.size(), cursor);
+  if (failure != std::errc() || end != from.data() + from.size()) return error("ERR invalid cursor");
+  uint64_t count = kScanCount;
+  std::optional<std::string_view> pattern;
+  std::optional<std::string_view> kind;
+  if (arguments.size() % 2 != 0) return error("ERR syntax error");
+  for (size_t i = 2; i < arguments.size(); i += 2) {
+    if (same_word(arguments[i], "COUNT")) {
+      const auto given = number_of(arguments[i + 1]);
+      if (!given) return error("ERR value is not an integer or out of range");
+      if (*given < 1) return error("ERR syntax error");
+      count = std::min(static_cast<uint64_t>(*given), kMaxScanCount);
+    } else if (same_word(arguments[i], "MATCH")) {
+      pattern = arguments[i + 1];
+    } else if (same_word(arguments[i], "TYPE")) {
+      kind = arguments[i + 1];
+    } else {
+      return error("ERR syntax error");
+    }
+  }
+  const ScanPage page = shared_.store.scan(cursor, count, kMaxScanBytes, [&](std::string_view key, Kind has) {
+    if (kind && !same_word(*kind, has == Kind::kSet ? "SET" : "STRING")) return false;
+    return !pattern || glob_matches(*pattern, key);
+  });
+  array(2);
+  bulk(std::to_string(page.cursor));
+  array(page.keys.size());
+  for (const std::string& key : page.keys) bulk(key);
+}
+
+void Session::select(const Arguments& arguments) {
+  const auto index = number_of(arguments[1]);
+  if (!index) return error("ERR value is not an integer or out of range");
+  *index == 0 ? simple("OK") : error("ERR DB index is out of range");
+}
+
+// ---- about the server --------------------------------------------------------------------------
+
+void Session::ping(const Arguments& arguments) {
+  arguments.size() == 2 ? bulk(arguments[1]) : simple("PONG");
+}
+
+void Session::echo(const Arguments& arguments) { bulk(arguments[1]); }
+
+void Session::command(const Arguments& arguments) {
+  // Enough for clients that ask at the beginning: nothing is described.
+  if (arguments.size() == 2 && same_word(arguments[1], "COUNT")) return integer(commands().size());
+  if (arguments.size() > 1 && same_word(arguments[1], "DOCS")) return map(0);
+  array(0);
+}
+
+void Session::config(const Arguments& arguments) {
+  if (!same_word(arguments[1], "GET")) {
+    return error("ERR CONFIG: this server has only GET; its settings are arguments of `rdmaload serve`");
+  }
+  if (arguments.size() < 3) return error("ERR wrong number of arguments for 'config|get' command");
+  const std::array<std::pair<std::string_view, std::string>, 12> settings{{
+      {"appendonly", "no"},
+      {"client-output-buffer-limit", "normal 0 0 0 slave 0 0 0 pubsub 0 0 0"},
+      {"databases", "1"},
+      {"io-threads", std::to_string(shared_.threads)},
+      {"maxclients", std::to_string(shared_.max_connections)},
+      {"maxmemory", std::to_string(shared_.store.memory()->limit_bytes())},
+      {"maxmemory-policy", "noeviction"},
+      {"port", std::to_string(shared_.port)},
+      {"proto-max-bulk-len", std::to_string(kMaxArgumentBytes)},
+      {"save", ""},
+      {"timeout", "0"},
+      {"tls-port", "0"},
+  }};
+  std::vector<const std::pair<std::string_view, std::string>*> wanted;
+  for (const auto& setting : settings) {
+    const auto asked = std::span(arguments).subspan(2);
+    if (std::any_of(asked.begin(), asked.end(),
+                    [&](std::string_view pattern) { return glob_matches(pattern, setting.first); })) {
+      wanted.push_back(&setting);
+    }
+  }
+  map(wanted.size());
+  for (const auto* setting : wanted) {
+    bulk(setting->first);
+    bulk(setting->second);
+  }
+}
+
+void Session::info(const Arguments& arguments) {
+  static constexpr std::string_view kSections[] = {"SERVER", "CLIENTS",     "MEMORY", "PERSISTENCE",
+                                                   "STATS",  "REPLICATION", "CPU",    "KEYSPACE"};
+  std::string text;
+  for (const std::string_view section : kSections) {
+    bool wanted = arguments.size() == 1;
+    for (size_t i = 1; i < arguments.size(); ++i) {
+      wanted = wanted || same_word(arguments[i], section) || same_word(arguments[i], "ALL") ||
+               same_word(arguments[i], "EVERYTHING") || same_word(arguments[i], "DEFAULT");
+    }
+    if (!wanted) continue;
+    if (!text.empty()) text += "\r\n";
+    text += info_text(section);
+  }
+  bulk(text);
+}
+
+std::string Session::info_text(std::string_view section) const {
+  const ValueMemory& memory = *shared_.store.memory();
+  const Counters& counters = shared_.counters;
+  std::string text;
+  const auto line = [&](std::string_view name, std::string_view value) {
+    text.append(name).append(":").append(value).append("\r\n");
+  };
+  const auto number = [&](std::string_view name, uint64_t value) { line(name, std::to_string(value)); };
+  if (section == "SERVER") {
+    text = "# Server\r\n";
+    line("redis_version", kRedisVersion);
+    line("server_name", "rdmaload");
+    line("rdmaload_version", shared_.version);
+    line("redis_mode", "standalone");
+    number("process_id", static_cast<uint64_t>(getpid()));
+    number("tcp_port", static_cast<uint64_t>(shared_.port));
+    number("io_threads", static_cast<uint64_t>(shared_.threads));
+    const auto up = std::chrono::steady_clock::now() - shared_.started;
+    number("uptime_in_seconds",
+           static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::seconds>(up).count()));
+  } else if (section == "CLIENTS") {
+    text = "# Clients\r\n";
+    number("connected_clients", counters.connections_now);
+    number("maxclients", static_cast<uint64_t>(shared_.max_connections));
+    number("stalled_clients_closed", counters.connections_stalled);
+  } else if (section == "MEMORY") {
+    text = "# Memory\r\n";
+    number("used_memory", memory.used_bytes());
+    line("used_memory_human", human(memory.used_bytes()));
+    number("used_memory_rss", memory.held_bytes());
+    number("values", memory.values());
+    number("maxmemory", memory.limit_bytes());
+    line("maxmemory_human", human(memory.limit_bytes()));
+    line("maxmemory_policy", "noeviction");
+    number("refused_for_memory", counters.refused_for_memory);
+  } else if (section == "PERSISTENCE") {
+    text = "# Persistence\r\n";
+    number("loading", 0);
+    number("rdb_bgsave_in_progress", 0);
+    number("aof_enabled", 0);
+  } else if (section == "STATS") {
+    text = "# Stats\r\n";
+    number("total_connections_received", counters.connections_accepted);
+    number("rejected_connections", counters.connections_refused);
+    number("total_commands_processed", counters.commands);
+    number("total_error_replies", counters.errors);
+    number("total_net_input_bytes", counters.bytes_received);
+    number("total_net_output_bytes", counters.bytes_sent);
+    number("keyspace_hits", counters.hits);
+    number("keyspace_misses", counters.misses);
+    number("exported_file_failures", counters.files_failed);
+    number("evicted_keys", 0);
+    number("expired_keys", 0);
+  } else if (section == "REPLICATION") {
+    text = "# Replication\r\n";
+    line("role", "master");
+    number("connected_slaves", 0);
+  } else if (section == "CPU") {
+    text = "# CPU\r\n";
+    rusage usage{};
+    getrusage(RUSAGE_SELF, &usage);
+    line("used_cpu_sys", seconds_text(usage.ru_stime));
+    line("used_cpu_user", seconds_text(usage.ru_utime));
+  } else {
+    text = "# Keyspace\r\n";
+    if (const uint64_t keys = shared_.store.size(); keys > 0) {
+      line("db0", "keys=" + std::to_string(keys) + ",expires=0,avg_ttl=0");
+    }
+  }
+  return text;
+}
+
+}  // namespace rdmaload::server

@@ -1,0 +1,86 @@
+#include "server/reply_queue.h"
+
+#include <algorithm>
+#include <cassert>
+
+namespace rdmaload::server {
+namespace {
+
+// Above, a new piece of text is begun: appending must not move what is long.
+constexpr size_t kTextPieceBytes = 16 << 10;
+
+}  // namespace
+
+void ReplyQueue::text(std::string_view text) {
+  if (text.empty()) return;
+  text_bytes_ += text.size();
+  bytes_ += text.size();
+  if (!pieces_.empty()) {
+    Piece& last = pieces_.back();
+    auto* held = std::get_if<std::string>(&last.source);
+    if (held != nullptr && held->size() + text.size() <= kTextPieceBytes) {
+      held->append(text);
+      last.length += text.size();
+      return;
+    }
+  }
+  pieces_.push_back(Piece{std::string(text), 0, text.size()});
+}
+
+void ReplyQueue::content(const Content& content, uint64_t offset, uint64_t length) {
+  if (length == 0) return;
+  bytes_ += length;
+  if (const auto* value = std::get_if<ValuePtr>(&content)) {
+    pieces_.push_back(Piece{*value, offset, length});
+  } else {
+    const auto& range = std::get<FileRange>(content);
+    pieces_.push_back(Piece{range, range.offset + offset, length});
+  }
+}
+
+size_t ReplyQueue::gather(std::span<iovec> vectors, uint64_t max_bytes) const {
+  size_t count = 0;
+  uint64_t bytes = 0;
+  for (const Piece& piece : pieces_) {
+    if (count == vectors.size() || bytes >= max_bytes) break;
+    const char* data = nullptr;
+    if (const auto* text = std::get_if<std::string>(&piece.source)) {
+      data = text->data() + piece.offset;
+    } else if (const auto* value = std::get_if<ValuePtr>(&piece.source)) {
+      data = reinterpret_cast<const char*>((*value)->bytes().data()) + piece.offset;
+    } else {
+      break;
+    }
+    const uint64_t length = std::min(piece.length, max_bytes - bytes);
+    vectors[count++] = iovec{const_cast<char*>(data), static_cast<size_t>(length)};
+    bytes += length;
+  }
+  return count;
+}
+
+ReplyQueue::FileSlice ReplyQueue::front_file() const {
+  const Piece& piece = pieces_.front();
+  return {std::get<FileRange>(piece.source).file.get(), piece.offset, piece.length};
+}
+
+void ReplyQueue::sent(uint64_t bytes) {
+  assert(bytes <= bytes_);
+  bytes_ -= bytes;
+  while (bytes > 0) {
+    Piece& piece = pieces_.front();
+    const uint64_t part = std::min(bytes, piece.length);
+    piece.offset += part;
+    piece.length -= part;
+    bytes -= part;
+    if (std::holds_alternative<std::string>(piece.source)) text_bytes_ -= part;
+    if (piece.length == 0) pieces_.pop_front();
+  }
+}
+
+void ReplyQueue::clear() {
+  pieces_.clear();
+  text_bytes_ = 0;
+  bytes_ = 0;
+}
+
+}  // namespace rdmaload::server

@@ -1,0 +1,58 @@
+// Replies of one connection that wait to be sent: text of our own, and references to stored values and file
+// ranges.
+//
+// A value is never copied: its reply is a short header, a reference and a line end. What waits therefore
+// costs text and references only, both of which the session bounds. Text of consecutive small replies grows
+// together. One thread.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <cstdint>
+#include <deque>
+#include <span>
+#include <string>
+#include <string_view>
+#include <variant>
+
+#include "server/store.h"
+
+namespace rdmaload::server {
+
+class ReplyQueue {
+ public:
+  void text(std::string_view text);
+  void content(const Content& content, uint64_t offset, uint64_t length);
+
+  bool empty() const noexcept { return pieces_.empty(); }
+  size_t pieces() const noexcept { return pieces_.size(); }
+  size_t text_bytes() const noexcept { return text_bytes_; }
+  uint64_t bytes() const noexcept { return bytes_; }  // values and files included
+
+  // What to send next is either memory (returns how many of `vectors` it filled, with at most `max_bytes`
+  // unless the first alone is longer, when it is cut) or a file's range (returns 0: see front_file()).
+  size_t gather(std::span<iovec> vectors, uint64_t max_bytes) const;
+  struct FileSlice {
+    const ExportedFile* file;
+    uint64_t offset;
+    uint64_t length;
+  };
+  FileSlice front_file() const;
+  // The first `bytes` were sent.
+  void sent(uint64_t bytes);
+  void clear();
+
+ private:
+  struct Piece {
+    // Text, or a reference to what is stored.
+    std::variant<std::string, ValuePtr, FileRange> source;
+    uint64_t offset = 0;  // of what is left
+    uint64_t length = 0;
+  };
+
+  std::deque<Piece> pieces_;
+  size_t text_bytes_ = 0;
+  uint64_t bytes_ = 0;
+};
+
+}  // namespace rdmaload::server

@@ -1,0 +1,163 @@
+#include "server/value.h"
+
+#include <algorithm>
+#include <cassert>
+#include <iterator>
+#include <new>
+
+namespace rdmaload::server {
+namespace {
+
+constexpr size_t kPageBytes = 4096;      // the unit of slabs, whatever the system's page is
+constexpr size_t kHeapBytes = 32 << 10;  // below, rounding up to pages would waste too much
+constexpr size_t kSlabBytes = size_t{32} << 20;
+constexpr size_t kOwnSlabBytes = size_t{8}
+                                 << 20;  // from here a value has a slab of its own: nothing to fragment
+constexpr size_t kValueOverhead = 128;   // the object, its count of references and the heap's own notes
+
+size_t round_up(size_t bytes) { return (bytes + kPageBytes - 1) / kPageBytes * kPageBytes; }
+
+// What a value costs: pages in a slab, or heap.
+uint64_t cost_of(size_t bytes) { return (bytes >= kHeapBytes ? round_up(bytes) : bytes) + kValueOverhead; }
+
+}  // namespace
+
+Value::~Value() { memory_->give_back(*this); }
+
+std::shared_ptr<ValueMemory> ValueMemory::make(uint64_t limit_bytes) {
+  return std::shared_ptr<ValueMemory>(new ValueMemory(limit_bytes));
+}
+
+std::shared_ptr<Value> ValueMemory::allocate(size_t bytes) {
+  const bool paged = bytes >= kHeapBytes;
+  const uint64_t held_now = paged ? kValueOverhead : cost_of(bytes);  // pages are held by their slab
+  if (!hold(held_now)) return nullptr;
+  // From here on the value's destructor gives everything back.
+  used_bytes_ += cost_of(bytes);
+  ++values_;
+  Value* raw = nullptr;
+  try {
+    raw = new Value(shared_from_this(), bytes);
+  } catch (const std::bad_alloc&) {
+    used_bytes_ -= cost_of(bytes);
+    held_bytes_ -= held_now;
+    --values_;
+    return nullptr;
+  }
+  try {
+    std::shared_ptr<Value> value(raw);  // deletes it when it throws
+    if (paged) {
+      if (!take_pages(*value, bytes)) return nullptr;
+    } else if (bytes > 0) {
+      value->heap_.reset(new std::byte[bytes]);
+      value->data_ = value->heap_.get();
+    }
+    return value;
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
+
+bool ValueMemory::charge(uint64_t bytes) noexcept {
+  if (!hold(bytes)) return false;
+  used_bytes_ += bytes;
+  return true;
+}
+
+void ValueMemory::release(uint64_t bytes) noexcept {
+  used_bytes_ -= bytes;
+  held_bytes_ -= bytes;
+}
+
+bool ValueMemory::hold(uint64_t bytes) noexcept {
+  uint64_t held = held_bytes_.load();
+  do {
+    if (held > limit_bytes_ || bytes > limit_bytes_ - held) return false;
+  } while (!held_bytes_.compare_exchange_weak(held, held + bytes));
+  return true;
+}
+
+bool ValueMemory::take_pages(Value& value, size_t bytes) {
+  const size_t need = round_up(bytes);
+  const std::lock_guard lock(mutex_);
+  if (need < kOwnSlabBytes) {
+    for (Slab& slab : slabs_) {
+      if (slab.largest_free_bound < need) continue;
+      if (std::byte* data = carve(slab, need)) {
+        value.data_ = data;
+        value.slab_ = &slab;
+        return true;
+      }
+    }
+  }
+  size_t size = need < kOwnSlabBytes ? kSlabBytes : need;
+  if (!hold(size)) {
+    // Near the limit: exactly what is needed.
+    if (size == need || !hold(need)) return false;
+    size = need;
+  }
+  try {
+    slabs_.emplace_back(size);
+  } catch (const std::bad_alloc&) {
+    held_bytes_ -= size;
+    return false;
+  }
+  value.data_ = carve(slabs_.back(), need);
+  value.slab_ = &slabs_.back();
+  return true;
+}
+
+std::byte* ValueMemory::carve(Slab& slab, size_t bytes) {
+  size_t largest = 0;
+  for (auto run = slab.free.begin(); run != slab.free.end(); ++run) {
+    const auto [offset, length] = *run;
+    largest = std::max(largest, length);
+    if (length < bytes) continue;
+    slab.free.erase(run);
+    if (length > bytes) slab.free.emplace(offset + bytes, length - bytes);
+    return slab.arena.data() + offset;
+  }
+  slab.largest_free_bound = largest;
+  return nullptr;
+}
+
+void ValueMemory::give_back(Value& value) noexcept {
+  const uint64_t cost = cost_of(value.size_);
+  used_bytes_ -= cost;
+  --values_;
+  if (value.size_ < kHeapBytes) {
+    value.heap_.reset();
+    held_bytes_ -= cost;
+    return;
+  }
+  held_bytes_ -= kValueOverhead;
+  if (value.slab_ == nullptr) return;  // there was no room for its pages
+  const std::lock_guard lock(mutex_);
+  const auto slab = std::find_if(slabs_.begin(), slabs_.end(),
+                                 [&](const Slab& candidate) { return &candidate == value.slab_; });
+  assert(slab != slabs_.end());
+  size_t offset = static_cast<size_t>(value.data_ - slab->arena.data());
+  size_t length = round_up(value.size_);
+  auto after = slab->free.lower_bound(offset);
+  if (after != slab->free.end() && after->first == offset + length) {
+    length += after->second;
+    after = slab->free.erase(after);
+  }
+  if (after != slab->free.begin()) {
+    const auto before = std::prev(after);
+    if (before->first + before->second == offset) {
+      offset = before->first;
+      length += before->second;
+      slab->free.erase(before);
+    }
+  }
+  if (length == slab->arena.size()) {
+    held_bytes_ -= length;
+    slabs_.erase(slab);
+    return;
+  }
+  slab->free.emplace(offset, length);
+  slab->largest_free_bound = SIZE_MAX;
+}
+
+}  // namespace rdmaload::server

@@ -1,0 +1,92 @@
+// Stored bytes, and the memory that they lie in.
+//
+// A Value is filled once by whoever received it and is immutable from the moment it is shared: a reader in
+// flight keeps it alive, whatever happens to its key. Small ones come from the heap; larger ones are runs of
+// pages in slabs of 32 MiB, aligned and huge-page backed, so that a hundred gigabytes of chunks are a few
+// thousand mappings (a kernel allows 65,530) and few memory regions for a NIC.
+//
+// ValueMemory never holds more of the system's memory than its limit: what does not fit is refused before it
+// is allocated. Values that readers still hold count, and so does room in slabs that nothing uses. Any thread
+// may call everything here.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <span>
+
+#include "memory/host_arena.h"
+
+namespace rdmaload::server {
+
+class ValueMemory;
+
+class Value {
+ public:
+  ~Value();
+  Value(const Value&) = delete;
+  Value& operator=(const Value&) = delete;
+
+  std::span<const std::byte> bytes() const noexcept { return {data_, size_}; }
+  // Only for whoever fills it, before it is shared.
+  std::span<std::byte> fill() noexcept { return {data_, size_}; }
+
+ private:
+  friend class ValueMemory;
+  Value(std::shared_ptr<ValueMemory> memory, size_t size) : memory_(std::move(memory)), size_(size) {}
+
+  std::shared_ptr<ValueMemory> memory_;
+  std::byte* data_ = nullptr;
+  size_t size_;
+  std::unique_ptr<std::byte[]> heap_;
+  void* slab_ = nullptr;  // which slab the pages belong to; null for the heap
+};
+
+using ValuePtr = std::shared_ptr<const Value>;
+
+class ValueMemory : public std::enable_shared_from_this<ValueMemory> {
+ public:
+  static std::shared_ptr<ValueMemory> make(uint64_t limit_bytes);
+
+  // nullptr: it does not fit under the limit, or the system has no room.
+  std::shared_ptr<Value> allocate(size_t bytes);
+
+  // For what is not a value but grows with what clients store: keys, names in sets. False: over the limit.
+  bool charge(uint64_t bytes) noexcept;
+  void release(uint64_t bytes) noexcept;
+
+  uint64_t limit_bytes() const noexcept { return limit_bytes_; }
+  uint64_t used_bytes() const noexcept { return used_bytes_.load(); }  // of values and what was charged
+  uint64_t held_bytes() const noexcept {
+    return held_bytes_.load();
+  }  // taken from the system; never above the limit
+  uint64_t values() const noexcept { return values_.load(); }  // alive, those of readers included
+
+ private:
+  friend class Value;
+  struct Slab {
+    explicit Slab(size_t bytes) : arena(bytes), free{{0, bytes}} {}
+    HostArena arena;
+    std::map<size_t, size_t> free;         // offset to length: neighbours are always merged
+    size_t largest_free_bound = SIZE_MAX;  // no free run is longer; not always reached
+  };
+
+  explicit ValueMemory(uint64_t limit_bytes) : limit_bytes_(limit_bytes) {}
+  bool hold(uint64_t bytes) noexcept;
+  bool take_pages(Value& value, size_t bytes);
+  void give_back(Value& value) noexcept;
+  static std::byte* carve(Slab& slab, size_t bytes);
+
+  const uint64_t limit_bytes_;
+  std::atomic<uint64_t> used_bytes_ = 0;
+  std::atomic<uint64_t> held_bytes_ = 0;
+  std::atomic<uint64_t> values_ = 0;
+  std::mutex mutex_;
+  std::list<Slab> slabs_;  // Guarded by mutex_.
+};
+
+}  // namespace rdmaload::server
