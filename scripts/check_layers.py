@@ -45,7 +45,7 @@ PYTHON_ORDER = [
     }
     | {"sources", "state_dict", "journal", "upload", "publish", "files_save", "object_save", "file_manifest"}
     | {"sglang_layout", "sglang_source", "sglang_state", "_sglang_save"}
-    | {"_save", "_prune", "model", "loading"},
+    | {"_save", "_prune", "model", "loading", "exports"},
     {"integrations", "cli"},
 ]
 

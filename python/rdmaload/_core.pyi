@@ -195,3 +195,49 @@ class LoadOperation:
     def failed_object(self) -> str: ...
     def unfinished_regions(self) -> list[int]: ...
     def counters(self) -> _Counters: ...
+
+class _ServerCounters(TypedDict):
+    connections_accepted: int
+    connections_refused: int
+    connections_now: int
+    connections_stalled: int
+    commands: int
+    errors: int
+    hits: int
+    misses: int
+    bytes_received: int
+    bytes_sent: int
+    refused_for_memory: int
+    files_failed: int
+    keys: int
+    values: int
+    used_bytes: int
+    held_bytes: int
+    limit_bytes: int
+
+class WeightStore:
+    def __init__(self, limit_bytes: int) -> None: ...
+    def export_file(self, *, prefix: str, path: str, size: int, mtime_ns: int, chunk_bytes: int) -> None: ...
+    def export_value(self, key: str, content: bytes) -> None: ...
+    def add_name(self, key: str, name: str) -> None: ...
+
+class WeightServer:
+    def __init__(
+        self,
+        store: WeightStore,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        password: str | None = None,
+        threads: int = 2,
+        max_connections: int = 10000,
+        stall_timeout: float = 120.0,
+        version: str = "",
+    ) -> None: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def counters(self) -> _ServerCounters: ...
+    def wait(self, seconds: float) -> bool: ...
+    def take_log(self) -> list[str]: ...
+    def close(self) -> None: ...

@@ -128,7 +128,7 @@ class Progress:
     """
 
     operation: str
-    """"load", "save", "pull" or "verify"."""
+    """"load", "save", "pull", "verify" or "export"."""
     bytes_done: int
     bytes_total: int
     files_done: int

@@ -1,4 +1,4 @@
-"""The command line: `rdmaload save | load | ls | info | pull | verify | rm | prune | doctor | bench | help`.
+"""The command line: `rdmaload save | load | ls | info | pull | verify | rm | prune | doctor | bench | serve | ...`.
 
 Results go to stdout, everything else (questions, progress, warnings, one line per error) to stderr.
 With --json stdout is one JSON document and nothing else; that of a failure is

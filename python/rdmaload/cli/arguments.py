@@ -91,13 +91,15 @@ def add_command(
     prints: str,
     examples: Sequence[str],
     exits: Mapping[int, str] = MEANINGS,
+    environment: str = _ENVIRONMENT,
 ) -> Parser:
     """A command with the options that all of them have, and help that is complete as a manual page.
 
-    `prints` says what goes to stdout. `exits` adds to, or replaces, what the exit codes mean.
+    `prints` says what goes to stdout. `exits` adds to, or replaces, what the exit codes mean; `environment` says
+    what else the command reads.
     """
     command = commands.add_parser(name, help=help, description=_filled(description))
-    command.epilog = _sections(prints, {**MEANINGS, **exits}, examples)
+    command.epilog = _sections(prints, {**MEANINGS, **exits}, examples, environment)
     command.add_argument(
         "-o",
         dest="option_texts",
@@ -124,7 +126,7 @@ def _filled(text: str, indent: str = "") -> str:
     )
 
 
-def _sections(prints: str, exits: Mapping[int, str], examples: Sequence[str]) -> str:
+def _sections(prints: str, exits: Mapping[int, str], examples: Sequence[str], environment: str) -> str:
     codes = [
         textwrap.fill(meaning, _HELP_COLUMNS, initial_indent=f"  {code:<5}", subsequent_indent=" " * 7)
         for code, meaning in exits.items()
@@ -132,7 +134,7 @@ def _sections(prints: str, exits: Mapping[int, str], examples: Sequence[str]) ->
     sections = {
         "prints": _filled(f"{prints} {_PRINTS}", "  "),
         "exit codes": "\n".join(codes),
-        "environment": _filled(_ENVIRONMENT, "  "),
+        "environment": _filled(environment, "  "),
         "examples": "\n".join(f"  {example}" for example in examples),
     }
     return "\n\n".join(f"{title}:\n{text}" for title, text in sections.items())

@@ -3,6 +3,7 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -45,7 +46,8 @@ TEST_CASE("memory: values of every size keep apart and everything is given back"
   for (uint64_t step = 0; step < 3000; ++step) {
     if (alive.size() > 60 || (pick(random, 0, 2) == 0 && !alive.empty())) {
       auto at = std::next(alive.begin(), static_cast<long>(pick(random, 0, alive.size() - 1)));
-      for (const std::byte byte : at->second.first->bytes()) REQUIRE(byte == at->second.second);
+      const auto bytes = at->second.first->bytes();
+      REQUIRE(std::all_of(bytes.begin(), bytes.end(), [&](std::byte byte) { return byte == at->second.second; }));
       alive.erase(at);
       continue;
     }
