@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -25,10 +26,13 @@ if str(ROOT) not in sys.path:
 from tests.support import checkpoints  # noqa: E402
 from tests.support.certificates import Authority  # noqa: E402
 from tests.support.servers import RedisServer, ServerError  # noqa: E402
+from tests.support.weight_server import WeightServer  # noqa: E402
 
 # How long what a module started may take to end; joining threads and closing sockets needs
 # milliseconds.
 LEAK_SECONDS = 3.0
+
+_Server = TypeVar("_Server", RedisServer, WeightServer)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -107,14 +111,21 @@ def valkey_server(authority: Authority) -> Iterator[RedisServer]:
         yield from _for_the_session(server)
 
 
-def _for_the_session(server: RedisServer) -> Iterator[RedisServer]:
+@pytest.fixture(scope="session")
+def weight_server() -> Iterator[WeightServer]:
+    """As redis_server, our own: `rdmaload serve`."""
+    with WeightServer() as server:
+        yield from _for_the_session(server)
+
+
+def _for_the_session(server: _Server) -> Iterator[_Server]:
     descriptors = server.file_descriptors()
     _session_descriptors.update(descriptors)
     yield server
     _session_descriptors.difference_update(descriptors)
 
 
-_SERVERS = ("redis_server", "tls_server", "unix_server", "valkey_server")
+_SERVERS = ("redis_server", "tls_server", "unix_server", "valkey_server", "weight_server")
 
 
 @pytest.fixture
@@ -127,7 +138,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[str]:
         # Those that were asked for by name in the course of the test are found in the end, too.
         if fixture not in request.fixturenames and fixture not in request.node.funcargs:
             continue
-        server: RedisServer = request.getfixturevalue(fixture)
+        server: RedisServer | WeightServer = request.getfixturevalue(fixture)
         if server.running:
             with server.client() as client:
                 for keys in iter(lambda: list(client.scan_iter(f"{name}*", count=1000)), []):

@@ -26,6 +26,8 @@ SERVERS = {
     "rediss-resp3": "tls_server",
     "redis+unix": "unix_server",
     "valkeys": "valkey_server",
+    "rdmaload-serve": "weight_server",
+    "rdmaload-serve-resp3": "weight_server",
 }
 
 

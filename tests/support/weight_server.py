@@ -1,0 +1,134 @@
+"""Our own weight server as users run it, seen by tests as `RedisServer` is: a process, on a free port."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+from urllib.parse import quote, urlencode
+
+import rdmaload
+
+if TYPE_CHECKING:
+    import redis
+
+__all__ = ["WeightServer"]
+
+READY_SECONDS = 60.0  # only an overloaded machine needs so long
+PACKAGE = Path(rdmaload.__file__).parents[1]
+
+
+class WeightServer:
+    """Runs `rdmaload serve --port 0` on 127.0.0.1.
+
+    with WeightServer(max_memory=2**30) as server:
+        rdmaload.save(directory, server.url("llama"))
+    """
+
+    def __init__(
+        self,
+        *,
+        max_memory: int = 2**30,
+        password_file: Path | None = None,
+        password: str | None = None,
+        threads: int = 2,
+        models: Path | None = None,
+        cache: Path | None = None,
+        args: Iterable[str] = (),
+    ) -> None:
+        self.password = password
+        command = [sys.executable, "-m", "rdmaload", "serve", "--port", "0", "--json", "--max-memory", str(max_memory)]
+        command += ["--threads", str(threads), *args]
+        if password_file is not None:
+            command += ["--password-file", str(password_file)]
+        if models is not None:
+            command += ["--models", str(models)]
+        environment = {**os.environ, "PYTHONPATH": str(PACKAGE)}
+        if cache is not None:
+            environment["XDG_CACHE_HOME"] = str(cache)
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by stop()
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
+        )
+        # A server that never gets ready is ended, which ends the wait for its document.
+        watchdog = threading.Timer(READY_SECONDS, self.process.kill)
+        watchdog.start()
+        try:
+            self.document = self._read_document()
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            watchdog.cancel()
+            watchdog.join()
+        self.port = int(self.document["port"])
+
+    def _read_document(self) -> dict[str, object]:
+        lines = ""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            lines += line
+            if line == "}\n":
+                break
+        document: dict[str, object] = json.loads(lines or "{}")
+        if "port" not in document:
+            raise RuntimeError(f"rdmaload serve did not start: {document} {self.errors()}")
+        return document
+
+    @property
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def errors(self) -> str:
+        """What it has written to stderr so far."""
+        self._errors.seek(0)
+        return self._errors.read()
+
+    def url(self, model: str, **query: object) -> str:
+        """The url of `model` in this server, with the password and the options of `query`."""
+        secret = f":{quote(self.password, safe='')}@" if self.password is not None else ""
+        text = f"redis://{secret}127.0.0.1:{self.port}/{quote(model)}"
+        return text + (f"?{urlencode(query)}" if query else "")
+
+    def client(self, **arguments: object) -> redis.Redis:
+        """A new redis-py client that retries nothing; the caller closes it, best by `with`."""
+        import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
+        given = {"password": self.password, **arguments}
+        return redis.Redis(host="127.0.0.1", port=self.port, retry=Retry(NoBackoff(), 0), **given)  # type: ignore[arg-type]
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and return the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout=READY_SECONDS)
+
+    def stop(self) -> None:
+        if self.running:
+            self.process.kill()
+            self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        self._errors.close()
+
+    def file_descriptors(self) -> set[int]:
+        """The descriptors that this object holds in the calling process, for leak checks."""
+        assert self.process.stdout is not None
+        return {self.process.stdout.fileno(), self._errors.fileno()}
+
+    def __enter__(self) -> WeightServer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
