@@ -54,7 +54,7 @@ Outcome Store::set(std::string_view key, ValuePtr value, SetCondition condition)
   if (at == entries_.end()) {
     if (condition == SetCondition::kIfPresent) return Outcome::kNotDone;
     if (!memory_->charge(key_cost(key))) return Outcome::kNoMemory;
-    insert(key, Entry{std::move(value)});
+    insert(key).content = std::move(value);
     return Outcome::kDone;
   }
   if (condition == SetCondition::kIfAbsent) return Outcome::kNotDone;
@@ -70,7 +70,7 @@ Outcome Store::set(std::string_view key, ValuePtr value, SetCondition condition)
 }
 
 Counted Store::remove(std::span<const std::string_view> keys) {
-  std::vector<Entry> old;  // given up after the lock
+  std::vector<ValuePtr> old;  // given up after the lock
   Counted counted;
   const std::unique_lock lock(mutex_);
   for (const std::string_view key : keys) {
@@ -80,19 +80,24 @@ Counted Store::remove(std::span<const std::string_view> keys) {
   for (const std::string_view key : keys) {
     const auto at = entries_.find(key);
     if (at == entries_.end()) continue;
-    if (auto* value = std::get_if<ValuePtr>(&at->second.content)) old.push_back(Entry{std::move(*value)});
+    if (auto* value = std::get_if<ValuePtr>(&at->second.content)) old.push_back(std::move(*value));
     erase(at);
     ++counted.count;
   }
   return counted;
 }
 
-void Store::export_range(std::string_view key, FileRange range) { add_exported(key, std::move(range)); }
-
-void Store::export_value(std::string_view key, ValuePtr value) { add_exported(key, std::move(value)); }
-
-void Store::add_exported(std::string_view key, std::variant<ValuePtr, FileRange, Names> content) {
+void Store::export_range(std::string_view key, FileRange range) {
   const std::unique_lock lock(mutex_);
+  insert_exported(key).content = std::move(range);
+}
+
+void Store::export_value(std::string_view key, ValuePtr value) {
+  const std::unique_lock lock(mutex_);
+  insert_exported(key).content = std::move(value);
+}
+
+Store::Entry& Store::insert_exported(std::string_view key) {
   if (entries_.find(key) != entries_.end()) {
     throw Error(ErrorCode::kInvalid, "the key " + std::string(key) + " is there already");
   }
@@ -100,14 +105,16 @@ void Store::add_exported(std::string_view key, std::variant<ValuePtr, FileRange,
     throw Error(ErrorCode::kUnavailable,
                 "the memory limit is too low even for the keys of the exported models");
   }
-  insert(key, Entry{std::move(content), 0, true});
+  Entry& entry = insert(key);
+  entry.exported = true;
+  return entry;
 }
 
-Store::Entries::iterator Store::insert(std::string_view key, Entry entry) {
-  entry.number = next_number_++;
-  const auto at = entries_.emplace(std::string(key), std::move(entry)).first;
+Store::Entry& Store::insert(std::string_view key) {
+  const auto at = entries_.try_emplace(std::string(key)).first;
+  at->second.number = next_number_++;
   in_order_.emplace_hint(in_order_.end(), at->second.number, &at->first);
-  return at;
+  return at->second;
 }
 
 void Store::erase(Entries::iterator at) {
@@ -132,8 +139,8 @@ Counted Store::add_members(std::string_view key, std::span<const std::string_vie
   uint64_t cost = at == entries_.end() ? key_cost(key) : 0;
   for (const std::string_view member : fresh) cost += member_cost(member);
   if (!memory_->charge(cost)) return {Outcome::kNoMemory, 0};
-  if (at == entries_.end()) at = insert(key, Entry{Names{}});
-  Names& names = std::get<Names>(at->second.content);
+  if (at == entries_.end()) insert(key).content.emplace<Names>();
+  Names& names = std::get<Names>(entries_.find(key)->second.content);
   for (const std::string_view member : fresh) names.members.emplace(member);
   if (!fresh.empty()) names.encoded.reset();
   return {Outcome::kDone, fresh.size()};

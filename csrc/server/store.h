@@ -104,9 +104,9 @@ class Store {
   using Entries = std::unordered_map<std::string, Entry, Hash, std::equal_to<>>;
 
   static Kind kind_of(const Entry& entry) noexcept;
-  Entries::iterator insert(std::string_view key, Entry entry);
+  Entry& insert(std::string_view key);
   void erase(Entries::iterator at);
-  void add_exported(std::string_view key, std::variant<ValuePtr, FileRange, Names> content);
+  Entry& insert_exported(std::string_view key);
 
   std::shared_ptr<ValueMemory> memory_;
   mutable std::shared_mutex mutex_;
