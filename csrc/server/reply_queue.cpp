@@ -9,6 +9,9 @@ namespace {
 // Above, a new piece of text is begun: appending must not move what is long.
 constexpr size_t kTextPieceBytes = 16 << 10;
 
+// Copying less costs less than a system call of its own.
+constexpr uint64_t kByReferenceBytes = 32 << 10;
+
 }  // namespace
 
 void ReplyQueue::text(std::string_view text) {
@@ -38,6 +41,12 @@ void ReplyQueue::content(const Content& content, uint64_t offset, uint64_t lengt
   }
 }
 
+bool ReplyQueue::by_reference(const Piece& piece) {
+  const auto* value = std::get_if<ValuePtr>(&piece.source);
+  if (value == nullptr) return std::holds_alternative<FileRange>(piece.source);
+  return (*value)->descriptor() >= 0 && piece.length >= kByReferenceBytes;
+}
+
 size_t ReplyQueue::gather(std::span<iovec> vectors, uint64_t max_bytes) const {
   size_t count = 0;
   uint64_t bytes = 0;
@@ -46,7 +55,8 @@ size_t ReplyQueue::gather(std::span<iovec> vectors, uint64_t max_bytes) const {
     const char* data = nullptr;
     if (const auto* text = std::get_if<std::string>(&piece.source)) {
       data = text->data() + piece.offset;
-    } else if (const auto* value = std::get_if<ValuePtr>(&piece.source)) {
+    } else if (const auto* value = std::get_if<ValuePtr>(&piece.source);
+               value != nullptr && !by_reference(piece)) {
       data = reinterpret_cast<const char*>((*value)->bytes().data()) + piece.offset;
     } else {
       break;
@@ -60,7 +70,11 @@ size_t ReplyQueue::gather(std::span<iovec> vectors, uint64_t max_bytes) const {
 
 ReplyQueue::FileSlice ReplyQueue::front_file() const {
   const Piece& piece = pieces_.front();
-  return {std::get<FileRange>(piece.source).file.get(), piece.offset, piece.length};
+  if (const auto* value = std::get_if<ValuePtr>(&piece.source)) {
+    return {(*value)->descriptor(), nullptr, (*value)->descriptor_offset() + piece.offset, piece.length};
+  }
+  const ExportedFile* file = std::get<FileRange>(piece.source).file.get();
+  return {file->descriptor(), file, piece.offset, piece.length};
 }
 
 void ReplyQueue::sent(uint64_t bytes) {

@@ -29,11 +29,12 @@ class ReplyQueue {
   size_t text_bytes() const noexcept { return text_bytes_; }
   uint64_t bytes() const noexcept { return bytes_; }  // values and files included
 
-  // What to send next is either memory (returns how many of `vectors` it filled, with at most `max_bytes`
-  // unless the first alone is longer, when it is cut) or a file's range (returns 0: see front_file()).
+  // What to send next is either memory (returns how many of `vectors` it filled, with at most `max_bytes`),
+  // or a file's range, which a large part of a stored value is, too (returns 0: see front_file()).
   size_t gather(std::span<iovec> vectors, uint64_t max_bytes) const;
   struct FileSlice {
-    const ExportedFile* file;
+    int descriptor;
+    const ExportedFile* exported;  // null for a stored value
     uint64_t offset;
     uint64_t length;
   };
@@ -49,6 +50,8 @@ class ReplyQueue {
     uint64_t offset = 0;  // of what is left
     uint64_t length = 0;
   };
+
+  static bool by_reference(const Piece& piece);
 
   std::deque<Piece> pieces_;
   size_t text_bytes_ = 0;

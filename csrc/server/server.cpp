@@ -14,6 +14,7 @@
 #include <array>
 #include <atomic>
 #include <cerrno>
+#include <csignal>
 #include <cstring>
 
 #include "core/error.h"
@@ -147,6 +148,11 @@ class Server::Loop {
   void start() {
     thread_ = std::thread([this] {
       name_this_thread("rdmaload-serve");
+      // sendfile() knows no MSG_NOSIGNAL: a client that is gone must not end the process.
+      sigset_t broken_pipe;
+      sigemptyset(&broken_pipe);
+      sigaddset(&broken_pipe, SIGPIPE);
+      pthread_sigmask(SIG_BLOCK, &broken_pipe, nullptr);
       run();
     });
   }
@@ -353,11 +359,11 @@ class Server::Loop {
         const ReplyQueue::FileSlice slice = replies.front_file();
         auto offset = static_cast<off_t>(slice.offset);
         const auto length = static_cast<size_t>(std::min(slice.length, kBytesPerSend));
-        sent = sendfile(connection.fd, slice.file->descriptor(), &offset, length);
+        sent = sendfile(connection.fd, slice.descriptor, &offset, length);
         if (sent == 0 || (sent < 0 && (errno == EIO || errno == EINVAL))) {
           ++server_.counters_.files_failed;
-          server_.log(slice.file->path() + ": " +
-                      (sent == 0 ? "ends before byte " : "cannot be read at byte ") +
+          server_.log((slice.exported == nullptr ? "a stored value" : slice.exported->path()) +
+                      (sent == 0 ? ": ends before byte " : ": cannot be read at byte ") +
                       std::to_string(slice.offset) + ": it changed while it was served; the connection of " +
                       session.address() + " was closed");
           return false;

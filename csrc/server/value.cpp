@@ -8,14 +8,16 @@
 namespace rdmaload::server {
 namespace {
 
-constexpr size_t kPageBytes = 4096;      // the unit of slabs, whatever the system's page is
 constexpr size_t kHeapBytes = 32 << 10;  // below, rounding up to pages would waste too much
 constexpr size_t kSlabBytes = size_t{32} << 20;
 constexpr size_t kOwnSlabBytes = size_t{8}
                                  << 20;  // from here a value has a slab of its own: nothing to fragment
 constexpr size_t kValueOverhead = 128;   // the object, its count of references and the heap's own notes
 
-size_t round_up(size_t bytes) { return (bytes + kPageBytes - 1) / kPageBytes * kPageBytes; }
+size_t round_up(size_t bytes) {
+  const size_t page = SharedArena::page_bytes();
+  return (bytes + page - 1) / page * page;
+}
 
 // What a value costs: pages in a slab, or heap.
 uint64_t cost_of(size_t bytes) { return (bytes >= kHeapBytes ? round_up(bytes) : bytes) + kValueOverhead; }
@@ -83,11 +85,7 @@ bool ValueMemory::take_pages(Value& value, size_t bytes) {
   if (need < kOwnSlabBytes) {
     for (Slab& slab : slabs_) {
       if (slab.largest_free_bound < need) continue;
-      if (std::byte* data = carve(slab, need)) {
-        value.data_ = data;
-        value.slab_ = &slab;
-        return true;
-      }
+      if (carve(slab, need, value)) return true;
     }
   }
   size_t size = need < kOwnSlabBytes ? kSlabBytes : need;
@@ -102,12 +100,10 @@ bool ValueMemory::take_pages(Value& value, size_t bytes) {
     held_bytes_ -= size;
     return false;
   }
-  value.data_ = carve(slabs_.back(), need);
-  value.slab_ = &slabs_.back();
-  return true;
+  return carve(slabs_.back(), need, value);
 }
 
-std::byte* ValueMemory::carve(Slab& slab, size_t bytes) {
+bool ValueMemory::carve(Slab& slab, size_t bytes, Value& value) {
   size_t largest = 0;
   for (auto run = slab.free.begin(); run != slab.free.end(); ++run) {
     const auto [offset, length] = *run;
@@ -115,10 +111,14 @@ std::byte* ValueMemory::carve(Slab& slab, size_t bytes) {
     if (length < bytes) continue;
     slab.free.erase(run);
     if (length > bytes) slab.free.emplace(offset + bytes, length - bytes);
-    return slab.arena.data() + offset;
+    value.data_ = slab.arena.data() + offset;
+    value.slab_ = &slab;
+    value.fd_ = slab.arena.descriptor();
+    value.offset_ = offset;
+    return true;
   }
   slab.largest_free_bound = largest;
-  return nullptr;
+  return false;
 }
 
 void ValueMemory::give_back(Value& value) noexcept {
@@ -132,12 +132,14 @@ void ValueMemory::give_back(Value& value) noexcept {
   }
   held_bytes_ -= kValueOverhead;
   if (value.slab_ == nullptr) return;  // there was no room for its pages
+  // Before the lock: until it is in the list of free runs nobody else touches this place, nor drops the slab.
+  size_t offset = value.offset_;
+  size_t length = round_up(value.size_);
+  if (!static_cast<Slab*>(value.slab_)->arena.forget(offset, length)) return;  // stays held, never used again
   const std::lock_guard lock(mutex_);
   const auto slab = std::find_if(slabs_.begin(), slabs_.end(),
                                  [&](const Slab& candidate) { return &candidate == value.slab_; });
   assert(slab != slabs_.end());
-  size_t offset = static_cast<size_t>(value.data_ - slab->arena.data());
-  size_t length = round_up(value.size_);
   auto after = slab->free.lower_bound(offset);
   if (after != slab->free.end() && after->first == offset + length) {
     length += after->second;

@@ -2,8 +2,9 @@
 //
 // A Value is filled once by whoever received it and is immutable from the moment it is shared: a reader in
 // flight keeps it alive, whatever happens to its key. Small ones come from the heap; larger ones are runs of
-// pages in slabs of 32 MiB, aligned and huge-page backed, so that a hundred gigabytes of chunks are a few
-// thousand mappings (a kernel allows 65,530) and few memory regions for a NIC.
+// pages in slabs of 32 MiB that sockets can send from by reference, so that a hundred gigabytes of chunks are
+// a few thousand mappings (a kernel allows 65,530) and few memory regions for a NIC. A socket may still refer
+// to pages of a value that is gone: they are detached before their place is used again.
 //
 // ValueMemory never holds more of the system's memory than its limit: what does not fit is refused before it
 // is allocated. Values that readers still hold count, and so does room in slabs that nothing uses. Any thread
@@ -19,7 +20,7 @@
 #include <mutex>
 #include <span>
 
-#include "memory/host_arena.h"
+#include "memory/shared_arena.h"
 
 namespace rdmaload::server {
 
@@ -32,6 +33,9 @@ class Value {
   Value& operator=(const Value&) = delete;
 
   std::span<const std::byte> bytes() const noexcept { return {data_, size_}; }
+  // The file that the bytes lie in, for sendfile, and where; -1 for what is on the heap.
+  int descriptor() const noexcept { return fd_; }
+  uint64_t descriptor_offset() const noexcept { return offset_; }
   // Only for whoever fills it, before it is shared.
   std::span<std::byte> fill() noexcept { return {data_, size_}; }
 
@@ -44,6 +48,8 @@ class Value {
   size_t size_;
   std::unique_ptr<std::byte[]> heap_;
   void* slab_ = nullptr;  // which slab the pages belong to; null for the heap
+  int fd_ = -1;
+  uint64_t offset_ = 0;  // in the slab
 };
 
 using ValuePtr = std::shared_ptr<const Value>;
@@ -70,7 +76,7 @@ class ValueMemory : public std::enable_shared_from_this<ValueMemory> {
   friend class Value;
   struct Slab {
     explicit Slab(size_t bytes) : arena(bytes), free{{0, bytes}} {}
-    HostArena arena;
+    SharedArena arena;
     std::map<size_t, size_t> free;         // offset to length: neighbours are always merged
     size_t largest_free_bound = SIZE_MAX;  // no free run is longer; not always reached
   };
@@ -79,7 +85,7 @@ class ValueMemory : public std::enable_shared_from_this<ValueMemory> {
   bool hold(uint64_t bytes) noexcept;
   bool take_pages(Value& value, size_t bytes);
   void give_back(Value& value) noexcept;
-  static std::byte* carve(Slab& slab, size_t bytes);
+  static bool carve(Slab& slab, size_t bytes, Value& value);
 
   const uint64_t limit_bytes_;
   std::atomic<uint64_t> used_bytes_ = 0;

@@ -292,6 +292,28 @@ TEST_CASE("a client that takes no replies is not read from: what waits for it st
   }
 }
 
+TEST_CASE("what is on its way stays as it was, when the value is replaced and its memory used again") {
+  Running running;
+  Client writer = running.client();
+  Client slow = running.client(256 << 10);
+  const std::string value = text_of(random_bytes(kMiB - 4096, 1));
+  writer.send(words({"SET", "k", value}));
+  CHECK(writer.line() == "+OK\r\n");
+  slow.send(words({"GET", "k"}) + words({"GET", "k"}));
+  CHECK(slow.line() == "$1044480\r\n");  // the rest waits in sockets, by reference
+  for (int i = 0; i < 8; ++i) {
+    const std::string other(kMiB - 4096, static_cast<char>('a' + i));
+    writer.send(words({"SET", "k", other}) + words({"SET", "l", other}) + words({"DEL", "l"}));
+    CHECK(writer.line() == "+OK\r\n");
+    CHECK(writer.line() == "+OK\r\n");
+    CHECK(writer.line() == ":1\r\n");
+  }
+  CHECK(slow.receive(value.size()) == value);
+  CHECK(slow.line() == "\r\n");
+  CHECK(slow.line() == "$1044480\r\n");
+  CHECK(slow.receive(value.size()) == value);
+}
+
 TEST_CASE("a half-closed client gets what it has asked for") {
   Running running;
   Client client = running.client();

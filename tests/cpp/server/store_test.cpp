@@ -47,7 +47,8 @@ TEST_CASE("memory: values of every size keep apart and everything is given back"
     if (alive.size() > 60 || (pick(random, 0, 2) == 0 && !alive.empty())) {
       auto at = std::next(alive.begin(), static_cast<long>(pick(random, 0, alive.size() - 1)));
       const auto bytes = at->second.first->bytes();
-      REQUIRE(std::all_of(bytes.begin(), bytes.end(), [&](std::byte byte) { return byte == at->second.second; }));
+      REQUIRE(
+          std::all_of(bytes.begin(), bytes.end(), [&](std::byte byte) { return byte == at->second.second; }));
       alive.erase(at);
       continue;
     }
