@@ -26,7 +26,7 @@ from rdmaload.sglang_layout import COMPLETE, RANK_KEY, SAVING, TENSOR_NAME, file
 from rdmaload.sources import Source, SourceModel
 from rdmaload.stats import SaveStats
 from rdmaload.threads import run_in_threads
-from rdmaload.weights import has_weight_suffix
+from rdmaload.weights import WEIGHT_INDEX_SUFFIX, has_weight_suffix
 
 __all__ = ["SglangSave"]
 
@@ -34,7 +34,6 @@ _log = logging.getLogger("rdmaload")
 
 # What safetensors writes for torch and does not read back: SGLang would fail with a KeyError.
 _UNREADABLE = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0"})
-_WEIGHT_INDEX_SUFFIX = ".safetensors.index.json"  # names files that are not there in this layout
 _MAX_TEXT_BYTES = 256 << 20  # of one file: the largest tokenizers take a tenth of it
 _PATTERN = re.compile(r"[*?\[\]\\]")
 
@@ -154,8 +153,8 @@ class SglangSave:
         paths: dict[str, str] = {}
         for file in self._model.files:
             name = file.path.rpartition("/")[2]
-            if file.header is not None or name.startswith(".") or name.endswith(_WEIGHT_INDEX_SUFFIX):
-                continue
+            if file.header is not None or name.startswith(".") or name.endswith(WEIGHT_INDEX_SUFFIX):
+                continue  # an index names files that are not there in this layout
             if has_weight_suffix(name) or file.size > _MAX_TEXT_BYTES or not _is_text(file):
                 _log.warning("%s is not text, which is all that SGLang's layout holds: it is left out", file.path)
                 continue

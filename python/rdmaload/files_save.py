@@ -15,12 +15,12 @@ from rdmaload.errors import AlreadyExistsError, IntegrityError, NotFoundError
 from rdmaload.index import DEFAULT_CHUNK_BYTES
 from rdmaload.sources import Source, SourceModel, rank_of_path
 from rdmaload.threads import run_in_threads
+from rdmaload.weights import WEIGHT_INDEX_SUFFIX
 
 __all__ = ["existing_files", "is_ours_to_remove", "refuse_existing", "save_files", "save_phase"]
 
 _log = logging.getLogger("rdmaload")
 
-_INDEX_SUFFIX = ".safetensors.index.json"
 # Large enough that a write's cost is the copy, small enough to be nothing beside a model.
 _CHUNKS_PER_BLOCK = 4
 
@@ -85,12 +85,12 @@ def save_phase(source: Source) -> int:
     """0 to 2: weights, plain files, and what readers look at first."""
     if source.header is not None:
         return 0
-    return 2 if source.path == "config.json" or source.path.endswith(_INDEX_SUFFIX) else 1
+    return 2 if source.path == "config.json" or source.path.endswith(WEIGHT_INDEX_SUFFIX) else 1
 
 
 def _is_weight(path: str) -> bool:
     """What a reader of the directory would take for part of the model's weights."""
-    return "/" not in path and path.endswith((".safetensors", _INDEX_SUFFIX))
+    return "/" not in path and path.endswith((".safetensors", WEIGHT_INDEX_SUFFIX))
 
 
 def is_ours_to_remove(path: str, rank: int | None, world_size: int) -> bool:

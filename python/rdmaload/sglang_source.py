@@ -18,11 +18,11 @@ from rdmaload.errors import IntegrityError
 from rdmaload.index import Index, IndexFile
 from rdmaload.sglang_layout import TENSOR_NAME, check_unchanged
 from rdmaload.sources import Source, SourceModel
+from rdmaload.weights import WEIGHT_INDEX_SUFFIX
 
 __all__ = ["sglang_model"]
 
 _FILE_BYTES = 5_000_000_000  # as for state dicts
-_WEIGHT_INDEX_SUFFIX = ".safetensors.index.json"  # names files of the checkpoint that SGLang had read, not of this one
 
 
 def sglang_model(connector: KeyValueConnector, index: Index) -> SourceModel:
@@ -32,7 +32,7 @@ def sglang_model(connector: KeyValueConnector, index: Index) -> SourceModel:
     for file in index.files:
         if file.rank is not None:
             ranks.setdefault(file.rank, []).append(_value_of(file))
-        elif not file.path.endswith(_WEIGHT_INDEX_SUFFIX):
+        elif not file.path.endswith(WEIGHT_INDEX_SUFFIX):  # it names files of the checkpoint that SGLang had read
             files.append(_TextFile(connector, file))
     shards: list[Source] = []
     for rank, values in sorted(ranks.items()):

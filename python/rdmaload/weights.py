@@ -12,12 +12,14 @@ from collections.abc import Callable, Collection
 
 from rdmaload.errors import FormatError
 
-__all__ = ["MAX_WEIGHT_INDEX_BYTES", "WEIGHT_SUFFIXES", "has_weight_suffix", "weight_files_of"]
+__all__ = ["MAX_WEIGHT_INDEX_BYTES", "WEIGHT_INDEX_SUFFIX", "WEIGHT_SUFFIXES", "has_weight_suffix", "weight_files_of"]
 
 WEIGHT_SUFFIXES = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors")
 """Endings of files that hold weights in any format; `pull_files` leaves them out unless asked."""
 
-_INDEX_SUFFIX = ".safetensors.index.json"
+WEIGHT_INDEX_SUFFIX = ".safetensors.index.json"
+"""Ending of files that say which weight file holds a tensor."""
+
 _MAIN_INDEX = "model.safetensors.index.json"
 
 MAX_WEIGHT_INDEX_BYTES = 100_000_000
@@ -37,7 +39,7 @@ def weight_files_of(paths: Collection[str], read: Callable[[str], bytes], *, url
     model is not a model.
     """
     root = [path for path in paths if "/" not in path]
-    indices = sorted(path for path in root if path.endswith(_INDEX_SUFFIX))
+    indices = sorted(path for path in root if path.endswith(WEIGHT_INDEX_SUFFIX))
     if not indices:
         return sorted(path for path in root if path.endswith(".safetensors"))
     if _MAIN_INDEX in indices:
