@@ -22,7 +22,16 @@ from rdmaload.connectors.connector import MODELS_KEY, KeyValueConnector
 from rdmaload.errors import AlreadyExistsError, FormatError, IntegrityError, NotSupportedError, UnavailableError
 from rdmaload.journal import delete_keys
 from rdmaload.manifest import manifest_key
-from rdmaload.sglang_layout import COMPLETE, RANK_KEY, SAVING, TENSOR_NAME, file_key, layout_keys, mark_key, tensor_key
+from rdmaload.sglang_layout import (
+    RANK_KEY,
+    SAVING,
+    TENSOR_NAME,
+    complete_mark,
+    file_key,
+    layout_keys,
+    mark_key,
+    tensor_key,
+)
 from rdmaload.sources import Source, SourceModel
 from rdmaload.stats import SaveStats
 from rdmaload.threads import run_in_threads
@@ -276,7 +285,7 @@ class SglangSave:
                     key=key,
                 )
         for rank in self._ranks:
-            connector.set(mark_key(model, rank), COMPLETE + save_id)
+            connector.set(mark_key(model, rank), complete_mark(save_id, self._world_size))
         if 0 in self._ranks:  # what a model of more ranks has left
             marks = [key for key in connector.list(mark_key(model, 0)[:-1])]
             kept = {mark_key(model, rank) for rank in range(self._world_size)}

@@ -2,7 +2,8 @@
 
     {model}/keys/rank_{r}/{name}     a safetensors file of one tensor, named "tensor_bytes"
     {model}/files/{base name}        a text file
-    {model}/saving/sglang/rank_{r}   ours, which SGLang never looks at: "saving" or "complete", and the id of a save
+    {model}/saving/sglang/rank_{r}   ours, which SGLang never looks at: "saving" or "complete", the id of a save, and,
+                                     once complete, of how many ranks the model is
 
 Nothing in it says what belongs to the model, holds a checksum or names a generation: the model is what a listing
 finds. What can be noticed is looked at twice, before and after the values are read: their sizes, their headers, and
@@ -14,19 +15,19 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from rdmaload.connectors.connector import KeyValueConnector
 from rdmaload.errors import FormatError, IntegrityError, NotFoundError, UnavailableError
 from rdmaload.index import DEFAULT_CHUNK_BYTES, MAX_FILES, Index, IndexFile, check_path
 
 __all__ = [
-    "COMPLETE",
     "RANK_KEY",
     "READ_BYTES",
     "SAVING",
     "TENSOR_NAME",
     "check_unchanged",
+    "complete_mark",
     "file_key",
     "find_index",
     "layout_keys",
@@ -44,12 +45,14 @@ READ_BYTES = DEFAULT_CHUNK_BYTES
 it fills a fresh buffer (400 MB value, redis-server 7: 4.5 GB/s by 1 MiB, 2.1 by 64 KiB, 0.8 whole)."""
 
 SAVING = b"saving "
-COMPLETE = b"complete "
+_COMPLETE = b"complete "
 
 RANK_KEY = re.compile(r"keys/rank_(0|[1-9][0-9]{0,8})/(.+)", re.ASCII | re.DOTALL)
 _FILE_KEY = re.compile(r"files/([^/]+)", re.DOTALL)
+_OF_RANKS = re.compile(rb" of ([1-9][0-9]{0,8})\Z", re.ASCII)  # the end of a mark
 _MARK_KEY = re.compile(r"saving/sglang/rank_(0|[1-9][0-9]{0,8})", re.ASCII)
 
+_NAMED_RANKS = 8  # in the text of an error
 _PEEK_KEYS = 500  # per pipeline: its replies, at most a quarter of a MiB, are held by the server until they are sent
 _PEEK_BYTES = 512  # a header of one tensor takes 60 to 200
 _MAX_HEADER_BYTES = 64 << 10
@@ -70,6 +73,12 @@ def mark_key(model: str, rank: int) -> str:
     return f"{model}/saving/sglang/rank_{rank}"
 
 
+def complete_mark(save_id: bytes, world_size: int) -> bytes:
+    """What `mark_key` holds when a rank is complete. That one rank stands for so many is written with it, as nothing
+    else in the layout would say that others are missing."""
+    return _COMPLETE + save_id + b" of %d" % world_size
+
+
 def layout_keys(connector: KeyValueConnector) -> list[str]:
     """Every key of the model, files first and our own notes last; none unless a rank has a tensor or a note.
 
@@ -87,13 +96,14 @@ def find_index(connector: KeyValueConnector) -> Index | None:
     """The model as an index of whole values, tensors by rank and name, then files; None when there is no such model.
 
     Costs one listing of the store's keys and one pipelined look at the beginning of each value. Raises FormatError for
-    values that are no such tensors and for missing ranks, UnavailableError while a save of ours is under way.
+    values that are no such tensors and for missing ranks, UnavailableError while a save of ours is under way or has
+    not brought all its ranks.
     """
     ranks, names, marked = _listed(connector)
     url, model = connector.url, connector.model
     marks = _marks(connector, sorted(ranks.keys() | marked))
     for rank, mark in marks.items():
-        if mark is not None and not mark.startswith(COMPLETE):
+        if mark is not None and not mark.startswith(_COMPLETE):
             raise UnavailableError(
                 f"{url}: rank {rank} is being saved, or its save died halfway. Wait, or save it again; if SGLang has "
                 f"saved it since, delete the key {mark_key(model, rank)}",
@@ -102,6 +112,7 @@ def find_index(connector: KeyValueConnector) -> Index | None:
             )
     if not ranks:
         return None
+    _check_world_size(connector, marks, ranks.keys())
     missing = set(range(len(ranks))) - ranks.keys()
     if missing:
         raise FormatError(
@@ -191,6 +202,49 @@ def _listed(connector: KeyValueConnector) -> tuple[dict[int, list[str]], list[st
             key=misplaced,
         )
     return ranks, files, marked
+
+
+def _check_world_size(
+    connector: KeyValueConnector, marks: Mapping[int, bytes | None], present: Collection[int]
+) -> None:
+    """Raise UnavailableError unless all the ranks that our saves wrote down are there.
+
+    More are SGLang's own, which writes over ours and knows no marks.
+    """
+    url, model = connector.url, connector.model
+    sizes: dict[int, int] = {}  # of the ranks whose saves wrote one down
+    for rank, mark in marks.items():
+        found = _OF_RANKS.search(mark or b"")
+        if found:
+            sizes[rank] = int(found[1])
+    if not sizes:
+        return
+    world_size = max(sizes.values())
+    key = mark_key(model, min(sizes))
+    way_out = (
+        f'with layout="sglang", rank= and world_size=; if SGLang has saved the model since, delete the keys '
+        f"{model}/saving/sglang/*"
+    )
+    if min(sizes.values()) != world_size:
+        listed = ", ".join(f"{rank} of {size}" for rank, size in sorted(sizes.items())[:_NAMED_RANKS])
+        raise UnavailableError(
+            f"{url}: its ranks are of saves with different world sizes (rank {listed}): one is under way or died. "
+            f"Save every rank {way_out}",
+            url=url,
+            key=key,
+        )
+    count = world_size - sum(rank < world_size for rank in present)
+    if count:
+        missing = (rank for rank in range(world_size) if rank not in present)
+        names = ", ".join(map(str, itertools.islice(missing, _NAMED_RANKS)))
+        if count > _NAMED_RANKS:
+            names += f" and {count - _NAMED_RANKS} more"
+        raise UnavailableError(
+            f"{url} was saved for {world_size} ranks, and of rank {names} there is nothing yet: a save is under way or "
+            f"died. Wait, or save what is missing {way_out}",
+            url=url,
+            key=key,
+        )
 
 
 def _marks(connector: KeyValueConnector, ranks: Sequence[int]) -> dict[int, bytes | None]:

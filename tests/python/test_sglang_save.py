@@ -366,13 +366,105 @@ def test_a_source_that_changes_meanwhile_leaves_no_model(client, redis_url, mode
         rdmaload.open(redis_url)
 
 
-def test_a_missing_rank_shows_until_it_is_saved(redis_url):
-    rdmaload.save({"w": torch.ones(1)}, redis_url, layout="sglang", rank=1, world_size=2)
-    with pytest.raises(FormatError, match="none of rank 0"):
-        rdmaload.open(redis_url)
-    rdmaload.save({"w": torch.ones(1)}, redis_url, layout="sglang", rank=0, world_size=2)
-    with pytest.raises(LayoutMismatchError):
+# ---- ranks that are missing, and ranks of other saves --------------------------------------------
+
+
+def _save_rank(url: str, rank: int, world_size: int) -> None:
+    rdmaload.save(_rank_state(rank), url, layout="sglang", rank=rank, world_size=world_size)
+
+
+def _rank_state(rank: int) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((2,), float(rank))}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "saved", "named"),
+    [
+        (2, [0], "rank 1 there"),
+        (2, [1], "rank 0 there"),
+        (4, [0, 3], "rank 1, 2 there"),
+        (11, [10], "rank 0, 1, 2, 3, 4, 5, 6, 7 and 2 more there"),
+    ],
+)
+def test_no_rank_is_taken_for_the_model_while_others_are_missing(redis_url, model, world_size, saved, named):
+    for rank in saved:
+        _save_rank(redis_url, rank, world_size)
+    for use in (rdmaload.load, rdmaload.open, lambda url: rdmaload.load(url, rank=saved[0])):
+        with pytest.raises(
+            UnavailableError, match=f"saved for {world_size} ranks, and of {named}.*world_size="
+        ) as caught:
+            use(redis_url)
+        assert f"{model}/saving/sglang/" in str(caught.value)
+    for rank in set(range(world_size)) - set(saved):
+        _save_rank(redis_url, rank, world_size)
+    with pytest.raises(LayoutMismatchError, match="say which one with rank="):
         rdmaload.load(redis_url)
+    for rank in range(world_size):
+        assert same_tensors(rdmaload.load(redis_url, rank=rank), _rank_state(rank))
+
+
+def test_a_rank_that_was_lost_is_missed(client, redis_url, model):
+    for rank in range(2):
+        _save_rank(redis_url, rank, 2)
+    client.delete(f"{model}/keys/rank_1/w")
+    with pytest.raises(UnavailableError, match="of rank 1 there is nothing"):
+        rdmaload.open(redis_url)
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (3, 1), (1, 3)])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_model_saved_again_for_other_ranks_opens_when_all_are_there(
+    client, redis_url, model, before, after, backwards
+):
+    for rank in range(before):
+        _save_rank(redis_url, rank, before)
+    order = list(reversed(range(after))) if backwards else list(range(after))
+    for rank in order[:-1]:
+        _save_rank(redis_url, rank, after)
+        with pytest.raises(UnavailableError):
+            rdmaload.open(redis_url)
+    _save_rank(redis_url, order[-1], after)
+    with rdmaload.open(redis_url) as opened:
+        assert opened.world_size == after
+    keys = {key.decode() for key in client.scan_iter(f"{model}/*")}
+    assert keys == {
+        key for rank in range(after) for key in (f"{model}/keys/rank_{rank}/w", f"{model}/saving/sglang/rank_{rank}")
+    }
+
+
+def test_ranks_of_two_saves_are_told_from_a_model(redis_url):
+    _save_rank(redis_url, 0, 1)
+    _save_rank(redis_url, 1, 2)
+    with pytest.raises(UnavailableError, match=r"different world sizes \(rank 0 of 1, 1 of 2\)"):
+        rdmaload.open(redis_url)
+
+
+def test_what_sglang_saves_over_ours_is_taken_as_it_is(client, redis_url, model):
+    for rank in range(2):
+        _save_rank(redis_url, rank, 2)
+    for rank in range(3):
+        write_rank(client, model, rank, {"w": torch.full((2,), 7.0)})
+    with rdmaload.open(redis_url) as opened:
+        assert opened.world_size == 3
+        assert opened.load(rank=2)["w"].tolist() == [7, 7]
+
+
+def test_the_world_size_costs_no_command(redis_server, redis_url, client, model):
+    def commands() -> int:
+        before = client.info("stats")["total_commands_processed"]
+        rdmaload.open(redis_url).close()
+        return client.info("stats")["total_commands_processed"] - before
+
+    _save_rank(redis_url, 0, 1)
+    marked = commands()
+    client.set(f"{model}/saving/sglang/rank_0", b"complete 0123")  # a note without one
+    assert commands() == marked
+
+
+def test_remove_takes_what_a_rank_has_left(client, redis_url, model):
+    _save_rank(redis_url, 1, 2)
+    assert rdmaload.remove(redis_url) == 2
+    assert not list(client.scan_iter(f"{model}/*"))
 
 
 def test_memory_stays_within_the_window(client, redis_url, model):
