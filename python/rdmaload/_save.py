@@ -24,6 +24,8 @@ from rdmaload.connectors import FileConnector, KeyValueConnector, connector_for
 from rdmaload.connectors.local import LocalConnector
 from rdmaload.connectors.objects import ObjectConnector
 from rdmaload.errors import (
+    AlreadyExistsError,
+    AuthenticationError,
     FormatError,
     LoadTimeoutError,
     NotFoundError,
@@ -34,10 +36,11 @@ from rdmaload.errors import (
 from rdmaload.files_save import save_files
 from rdmaload.index import DEFAULT_CHUNK_BYTES, index_key
 from rdmaload.journal import SAVE_ID, SaveKeys, encode_part
-from rdmaload.manifest import GENERATION_PATTERN, Manifest, utc_now
+from rdmaload.manifest import GENERATION_PATTERN, Manifest, manifest_key, utc_now
 from rdmaload.object_save import save_objects
 from rdmaload.options import Options
 from rdmaload.publish import Publisher
+from rdmaload.sglang_layout import find_tensor
 from rdmaload.sglang_state import engine_state
 from rdmaload.sources import SourceModel, directory_model, read_index, stored_model
 from rdmaload.stats import Progress, SaveStats
@@ -103,7 +106,7 @@ def save(
     Returns what was sent. Stages "read", "checksum" and "send" are summed over the threads.
 
     Raises IntegrityError when the source changes meanwhile or a copied chunk does not match its
-    checksum, LayoutMismatchError when ranks do not fit together, AlreadyExistsError,
+    checksum, LayoutMismatchError when ranks do not fit together, AlreadyExistsError (also for a model in the other layout),
     NotSupportedError for tensors that safetensors cannot hold, LoadTimeoutError after `timeout`,
     and what the stores raise. Nothing is published then.
     """
@@ -436,6 +439,8 @@ class _KeyValueSave:
 
     def _join(self) -> tuple[str, bool]:
         """The generation that all attempts of this save write to, and whether it is published."""
+        if not self._connector.exists(manifest_key(self._connector.model)):
+            self._refuse_sglang()
         for _ in range(_JOINS):
             self._watch.check()
             fresh = secrets.token_hex(16)
@@ -459,6 +464,8 @@ class _KeyValueSave:
                     url=self._connector.url,
                     key=self._keys.generation,
                 )
+            if generation == fresh:
+                return generation, False  # of this moment: it is not published
             published = self._publisher(generation).published_manifest()
             if published is None or published.generation != generation:
                 return generation, False
@@ -468,6 +475,23 @@ class _KeyValueSave:
                 return generation, True
             self._publisher(generation).clean_up()
         raise self._lost()
+
+    def _refuse_sglang(self) -> None:
+        """Raise AlreadyExistsError for a model in SGLang's layout: our readers would take the new model, SGLang
+        would go on to load the old one."""
+        connector = self._connector
+        try:
+            key = find_tensor(connector)
+        except AuthenticationError as error:
+            _log.warning("whether SGLang has saved a model at %s cannot be seen: %s", connector.url, error)
+            return
+        if key is not None:
+            raise AlreadyExistsError(
+                f"{connector.url} holds a model in SGLang's layout ({key}), which SGLang would go on to load: remove "
+                "it first (`rdmaload rm`), or save under another name. Nothing was written",
+                url=connector.url,
+                key=key,
+            )
 
     def _is_whole(self, published: Manifest) -> bool:
         try:

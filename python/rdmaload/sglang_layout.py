@@ -30,6 +30,7 @@ __all__ = [
     "complete_mark",
     "file_key",
     "find_index",
+    "find_tensor",
     "layout_keys",
     "mark_key",
     "tensor_key",
@@ -90,6 +91,12 @@ def layout_keys(connector: KeyValueConnector) -> list[str]:
         [key for key in keys if pattern.fullmatch(key, len(prefix))] for pattern in (_FILE_KEY, RANK_KEY, _MARK_KEY)
     )
     return [*files, *tensors, *marks] if tensors or marks else []
+
+
+def find_tensor(connector: KeyValueConnector) -> str | None:
+    """The key of any one tensor, or None. Costs one listing."""
+    prefix = f"{connector.model}/"
+    return next((key for key in connector.list(f"{prefix}keys/rank_") if RANK_KEY.fullmatch(key, len(prefix))), None)
 
 
 def find_index(connector: KeyValueConnector) -> Index | None:

@@ -187,6 +187,53 @@ def test_a_model_in_format_1_is_not_shadowed(client, redis_url, model):
     assert not list(client.scan_iter(f"{model}/keys/*"))
 
 
+@pytest.mark.parametrize("arguments", [{}, {"overwrite": False}, {"rank": 1, "world_size": 2, "save_id": "step-1"}])
+def test_format_1_does_not_shadow_what_sglang_loads(client, redis_url, model, arguments):
+    write_rank(client, model, 3, {"old": torch.ones(2)})
+    with pytest.raises(AlreadyExistsError, match=r"SGLang's layout \(.*/keys/rank_3/old\).*rdmaload rm") as caught:
+        rdmaload.save({"new": torch.ones(1)}, redis_url, **arguments)
+    assert caught.value.key == f"{model}/keys/rank_3/old"
+    assert [key.decode() for key in client.scan_iter(f"{model}/*")] == [f"{model}/keys/rank_3/old"]
+    rdmaload.remove(redis_url)
+    assert rdmaload.save({"new": torch.ones(1)}, redis_url).published
+    assert rdmaload.load(redis_url).keys() == {"new"}
+
+
+def test_format_1_saves_where_nothing_of_sglang_is(client, redis_url, model):
+    client.set(f"{model}/keys/rank_x/w", b"another model's")
+    client.set(f"{model}/keys/ranked", b"another model's")
+    rdmaload.save({"new": torch.ones(1)}, redis_url)
+    write_rank(client, model, 0, {"later": torch.ones(2)})
+    rdmaload.save({"newer": torch.ones(1)}, redis_url)  # a manifest is there: nobody looks for more
+    assert rdmaload.load(redis_url).keys() == {"newer"}
+
+
+def test_only_a_save_that_replaces_nothing_looks_for_sglangs_keys(monkeypatch):
+    seen = []
+
+    def script(kind, key, effect):
+        seen.append((kind, key))
+        return effect()
+
+    monkeypatch.setitem(registry._registered, "counting", _Store)
+    monkeypatch.setattr(_Store, "script", staticmethod(script))
+    for looks in (1, 0):
+        seen.clear()
+        rdmaload.save({"w": torch.ones(1)}, "counting://counting/m")
+        assert seen.count(("list", "m/keys/rank_")) == looks
+        before = seen[: seen.index(("list", "m/keys/rank_"))] if looks else []
+        assert not [call for call in before if call[0] == "set"]
+
+
+def test_a_user_who_may_not_list_keys_saves_with_a_warning(caplog):
+    with RedisServer(users=["alice on >pw ~* +@all -scan"]) as server:
+        url = f"redis://alice:pw@{server.host}:{server.port}/m"
+        with caplog.at_level(logging.WARNING, "rdmaload"):
+            rdmaload.save({"w": torch.ones(1)}, url)
+        assert "whether SGLang has saved a model" in caplog.text
+        assert rdmaload.load(url).keys() == {"w"}
+
+
 def test_a_model_cannot_be_copied_onto_itself(client, redis_server, redis_url, model):
     tensors = sample_tensors()
     write_rank(client, model, 0, tensors)
