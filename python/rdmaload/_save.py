@@ -106,9 +106,9 @@ def save(
     Returns what was sent. Stages "read", "checksum" and "send" are summed over the threads.
 
     Raises IntegrityError when the source changes meanwhile or a copied chunk does not match its
-    checksum, LayoutMismatchError when ranks do not fit together, AlreadyExistsError (also for a model in the other layout),
-    NotSupportedError for tensors that safetensors cannot hold, LoadTimeoutError after `timeout`,
-    and what the stores raise. Nothing is published then.
+    checksum, LayoutMismatchError when ranks do not fit together, AlreadyExistsError (in any case
+    for a model in the other layout), NotSupportedError for tensors that safetensors cannot
+    hold, LoadTimeoutError after `timeout`, and what the stores raise. Nothing is published then.
     """
     _check_arguments(rank, world_size, save_id, layout)
     if layout == "sglang" and (save_id is not None or chunk_bytes is not None):
