@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from rdmaload import LoadStats, Options, _core
 from rdmaload.errors import (
     AuthenticationError,
     LoadTimeoutError,
+    NotFoundError,
     NotSupportedError,
     RdmaloadError,
     UnavailableError,
@@ -370,7 +372,7 @@ def test_a_socket_that_is_not_there(tmp_path: Path, use: Callable[..., object]) 
 
 
 USERS = [
-    f"reader on >{SECRET.replace(' ', '_')} ~allowed/* ~rdmaload:models +get +getrange +exists +select",
+    f"reader on >{SECRET.replace(' ', '_')} ~allowed/* ~rdmaload:models +get +getrange +exists +select +scan +strlen",
     "other on nopass ~other/* +@all",
 ]
 
@@ -408,6 +410,34 @@ def test_a_user_with_few_rights_loads(
     with rdmaload.open(as_user(url, "reader", password)) as opened:
         assert password not in repr(opened)
         assert quote(password, safe="") not in repr(opened)
+
+
+@pytest.mark.parametrize("layout", ["rdmaload", "sglang"])
+def test_the_rights_that_the_documentation_names_are_enough(layout: Any) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
+    found = re.search(r"only loads needs `([^`]+)`; one that saves needs `([^`]+)`", text)
+    assert found is not None
+    loads, saves = found.groups()
+    users = [
+        f"loads on nopass {loads.replace('MODEL', 'allowed/model')}",
+        f"saves on nopass ~allowed/model/* ~rdmaload:models {saves}",
+    ]
+    tensors = {"w": torch.arange(100.0), "b": torch.ones(3)}
+    with RedisServer(users=users) as server:
+        url = as_user(server.url("allowed/model"), "loads", "any")
+        for pinned in ({}, {"generation": "0" * 32}):
+            with pytest.raises(NotFoundError, match="there is no model") as caught:
+                rdmaload.open(url, **pinned)
+            assert "ACL" not in str(caught.value)
+        for factor in (1, 2):
+            saved = {name: factor * tensor for name, tensor in tensors.items()}
+            rdmaload.save(saved, as_user(server.url("allowed/model"), "saves", "any"), layout=layout)
+            loaded = rdmaload.load(url)
+            assert all(torch.equal(loaded[name], saved[name]) for name in saved)
+            assert rdmaload.load(url, include="b", verify="off")["b"][0] == factor
+        with rdmaload.open(url) as opened:
+            assert opened.store_layout == layout
+            opened.verify()
 
 
 def test_what_a_user_may_not_do_is_said_without_the_password(guarded: RedisServer, tiny_checkpoint: Checkpoint) -> None:
