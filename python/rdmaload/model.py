@@ -434,9 +434,10 @@ class Model:
         """Copy files into the directory `target` (default: a new temporary one, the caller's to remove); returns it.
 
         Patterns are fnmatch on the path; without `allow_pattern` all files but weights are copied. Each file appears
-        whole, verified, or not at all. Raises NotFoundError when `allow_pattern` matches nothing.
+        whole, verified, or not at all. Raises NotFoundError when `allow_pattern` matches nothing. Tensors in SGLang's
+        layout are copied value by value, with a warning: `save(url, directory)` makes weight files of them.
         """
-        from rdmaload.pull import blocks_of, pull
+        from rdmaload.pull import blocks_of, check_weights, pull
 
         self._check_open()
         allow, ignore = as_patterns(allow_pattern), as_patterns(ignore_pattern)
@@ -445,6 +446,7 @@ class Model:
             for position, file in enumerate(self._index.files)
             if (allow is not None or not has_weight_suffix(file.path)) and is_selected(file.path, allow, ignore)
         ]
+        check_weights(self._index, chosen, allow, "DIR" if target is None else str(target), self.url)
         if allow is not None and not chosen:
             raise NotFoundError(f"{self.url} has no file that matches {', '.join(allow)}", url=self.url)
         directory = Path(tempfile.mkdtemp(prefix="rdmaload-") if target is None else target)

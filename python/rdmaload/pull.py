@@ -2,20 +2,55 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rdmaload import _core
 from rdmaload.connectors.local import LocalConnector
+from rdmaload.errors import NotFoundError
 from rdmaload.index import Index, IndexFile
 from rdmaload.reader import StoreReader, Tick
+from rdmaload.selection import is_selected
 from rdmaload.stats import LoadStats
 from rdmaload.urls import parse_url
+from rdmaload.weights import has_weight_suffix
 
-__all__ = ["blocks_of", "pull"]
+__all__ = ["blocks_of", "check_weights", "pull"]
+
+_log = logging.getLogger("rdmaload")
 
 _WINDOW_BYTES = 128 << 20  # read ahead of what has been written
 _BLOCK_BYTES = 16 << 20  # long enough to keep every connection busy within one
+
+
+def check_weights(
+    index: Index, chosen: Iterable[tuple[int, IndexFile]], allow: list[str] | None, directory: str, url: str
+) -> None:
+    """Say that tensors which the store keeps as values of their own do not become the weight files of a directory.
+
+    Raises NotFoundError when `allow` names weight files and means none of those values.
+    """
+    values = [file for file in index.files if file.tensor is not None]
+    if not values:
+        return
+    way_out = f"`rdmaload save {url} {directory}` makes a directory of safetensors files that can be loaded"
+    if any(file.tensor is not None for _, file in chosen):
+        _log.warning(
+            "%s keeps a value per tensor, SGLang's layout: they are copied as they are, to keys/, where nothing looks "
+            "for a model's weights; %s",
+            url,
+            way_out,
+        )
+        return
+    named = [pattern for pattern in allow or () if has_weight_suffix(pattern)]
+    if named and not any(is_selected(file.path, named, None) for file in values):
+        raise NotFoundError(
+            f"{url} has no weight file that matches {', '.join(named)}: it keeps a value per tensor, SGLang's layout "
+            f"({values[0].path}); {way_out}",
+            url=url,
+            key=values[0].key,
+        )
 
 
 def blocks_of(

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 
 import rdmaload
+from rdmaload.cli import main
 from rdmaload.connectors import registry
 from rdmaload.connectors.memory import MemoryConnector
 from rdmaload.errors import (
@@ -129,6 +130,40 @@ def test_files_are_pulled_by_their_base_names(client, redis_url, model, tmp_path
     rdmaload.pull_files(redis_url, tmp_path / "weights", allow_pattern="*.safetensors")
     pulled = tmp_path / "weights" / "keys" / "rank_0" / "w.safetensors"
     assert pulled.read_bytes() == client.get(f"{model}/keys/rank_0/w")
+
+
+def test_a_pull_says_which_way_weights_become_a_directory_that_loads(
+    client, redis_url, model, tmp_path, caplog, capsys
+):
+    tensors = sample_tensors()
+    write_rank(client, model, 0, tensors)
+    write_files(client, model, FILES)
+    for allow in (None, "*.json", ["*.json", "*.py"]):
+        rdmaload.pull_files(redis_url, tmp_path / "texts", allow_pattern=allow)
+    rdmaload.pull_files(redis_url, tmp_path / "texts", allow_pattern="*", ignore_pattern="*.safetensors")
+    assert "rdmaload save" not in caplog.text
+    for allow in ("*", "*.safetensors", "keys/rank_0/*bias*"):
+        caplog.clear()
+        rdmaload.pull_files(redis_url, tmp_path / "all", allow_pattern=allow)
+        assert f"`rdmaload save {redis_url} {tmp_path}/all`" in caplog.text
+    with pytest.raises(NotFoundError, match="no weight files"):  # what the warning is about
+        rdmaload.load(tmp_path / "all")
+    assert main(["pull", redis_url, str(tmp_path / "cli")]) == 0
+    assert f"rdmaload save {redis_url} {tmp_path}/cli" in capsys.readouterr().err
+    assert main(["save", redis_url, str(tmp_path / "way")]) == 0
+    assert same_tensors(rdmaload.load(tmp_path / "way"), tensors)
+    assert (tmp_path / "way" / "config.json").read_text() == FILES["config.json"]
+
+
+@pytest.mark.parametrize("allow", ["model*.safetensors", ["*.json", "model-00001-of-00002.safetensors"], "*.bin"])
+def test_weight_files_that_the_layout_does_not_have_are_not_left_out_silently(
+    client, redis_url, model, tmp_path, allow
+):
+    write_rank(client, model, 0, {"w": torch.ones(2)})
+    write_files(client, model, FILES)
+    with pytest.raises(NotFoundError, match=r"no weight file that matches (model|\*).*`rdmaload save .*/none`"):
+        rdmaload.pull_files(redis_url, tmp_path / "none", allow_pattern=allow)
+    assert not (tmp_path / "none").exists()
 
 
 def test_verify_reads_every_value_and_says_that_nothing_could_be_compared(client, redis_url, model):
