@@ -203,11 +203,17 @@ def _parse_address(scheme: str, text: str, address: str) -> tuple[str | None, in
 
 def _check_model(text: str, shown: str, scheme: str, model: str) -> None:
     if not model:
-        raise UrlError(f"{shown} names no model; write {shown.partition('?')[0].rstrip('/')}/MODEL", url=shown)
+        place = shown.partition("?")[0]
+        # A path of a socket has no end that would tell it from a model's name.
+        written = f"{place}?model=MODEL" if scheme.endswith("+unix") else f"{place.rstrip('/')}/MODEL"
+        raise UrlError(f"{shown} names no model; write {written}", url=shown)
     segments = model.split("/")
     if scheme in _REDIS_SCHEMES and re.fullmatch("[0-9]+", model):
+        form = (
+            f"{scheme}:///path/of.sock?model=NAME&db=N" if scheme.endswith("+unix") else f"{scheme}://host/model?db=N"
+        )
         raise UrlError(
-            f"{shown}: {model} is no name of a model; did you mean ?db={model} (a url is {scheme}://host/model?db=N)",
+            f"{shown}: {model} is no name of a model; did you mean ?db={model} (a url is {form})",
             url=shown,
         )
     problem = None

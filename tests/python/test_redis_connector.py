@@ -106,6 +106,26 @@ def test_loading_that_does_not_end_is_an_error_in_time() -> None:
         assert time.monotonic() - started < 2
 
 
+def test_the_hint_at_tls_is_for_lost_connections_only() -> None:
+    for reply, words in (
+        ("LOADING Redis is loading", "still loading"),
+        ("ERR max number of clients reached", "maxclients"),
+    ):
+        with (
+            ScriptedServer(lambda _, reply=reply: error(reply)) as server,  # type: ignore[misc]
+            open_redis(server.url("m"), retry_timeout=0.1) as connector,
+            pytest.raises(UnavailableError, match=words) as caught,
+        ):
+            connector.get("m/a")
+        assert "rediss" not in str(caught.value)
+    with (
+        FaultProxy("127.0.0.1", 1, Close(after=0)) as proxy,
+        open_redis(proxy.url("m"), retry_timeout=0.1) as connector,
+    ):
+        with pytest.raises(UnavailableError, match="rediss:// or valkeys://"):
+            connector.get("m/a")
+
+
 def test_what_is_not_redis_is_said_to_be_not() -> None:
     with (
         ScriptedServer(lambda words: b"HTTP/1.1 400 Bad Request\r\n\r\n") as server,
@@ -243,6 +263,7 @@ def test_a_wrong_or_missing_password(guarded: RedisServer, protocol: int) -> Non
                 connector.get("m/a")
             assert time.monotonic() - started < 2
             assert "wr0ng" not in shown(caught)
+            assert "rediss" not in str(caught.value)  # the server spoke to us: its port is the right one
 
 
 def test_a_user_who_may_not(guarded: RedisServer) -> None:

@@ -317,7 +317,9 @@ def test_tls_options_without_tls_are_refused_rather_than_ignored() -> None:
             ("client_cert_file", "/x"),
             ("verify_tls", False),
         ):
-            check_refused(UrlError, [option, "without TLS"], lambda u=url, o={option: value}: open_redis(u, **o))
+            scheme = "valkeys://" if url.startswith("valkey") else "rediss://"
+            words = [option, "without TLS", f"write {scheme}"]
+            check_refused(UrlError, words, lambda u=url, o={option: value}: open_redis(u, **o))
     check_refused(UrlError, ["client_cert_file"], lambda: open_redis("rediss://h/m?client_key_file=/x"))
     for bad in ("1", "yes", "none", ""):
         check_refused(
@@ -366,6 +368,20 @@ def test_a_socket_that_is_not_there(tmp_path: Path, use: Callable[..., object]) 
     check_refused(
         UnavailableError, [f"{tmp_path}/none", "No such file"], lambda: use(f"redis+unix://{tmp_path}/none?model=m")
     )
+
+
+def test_a_path_that_no_socket_has_is_refused_at_once(tmp_path: Path) -> None:
+    for letter, fits in (("s", 107), ("ü", 53)):
+        path = "/" + letter * (fits - 1 if letter == "s" else fits)
+        assert len(os.fsencode(path)) == 107
+        open_redis(f"redis+unix://{path}?model=m").close()
+        check_refused(UrlError, ["has 108 bytes", "107"], lambda path=path: open_redis(f"redis+unix://{path}s?model=m"))
+
+
+def test_a_file_in_place_of_a_directory_of_authorities(authority: Authority) -> None:
+    for url in ("rediss://h/m", "s3://bucket/m"):
+        with pytest.raises(UrlError, match=f"ca_dir={authority.ca_file} for {url} is no directory; .* ca_file="):
+            rdmaload.open(url, ca_dir=authority.ca_file)
 
 
 # ---- users -----------------------------------------------------------------------------------------------------------

@@ -70,6 +70,7 @@ _MISSING_TRANSPORTS = {
 
 
 _TLS_SCHEMES = ("rediss", "valkeys")
+_LONGEST_SOCKET_PATH = 107  # bytes: sockaddr_un has 108, with the zero at the end
 
 
 class _Packer:
@@ -203,8 +204,15 @@ class RedisConnector(KeyValueConnector):
                 url=self.url,
             )
         tls = url.scheme in _TLS_SCHEMES
-        family = url.scheme.partition("+")[0].removesuffix("s")
-        check_tls_options(self.options, url=self.url, tls=tls, write=f"{family}s://")
+        with_tls = "valkeys://" if url.scheme.startswith("valkey") else "rediss://"
+        check_tls_options(self.options, url=self.url, tls=tls, write=with_tls)
+        length = len(os.fsencode(url.path))
+        if length > _LONGEST_SOCKET_PATH:
+            raise UrlError(
+                f"{self.url}: the socket's path has {length} bytes, and a unix socket's may have "
+                f"{_LONGEST_SOCKET_PATH}; connect by a shorter one, such as a symbolic link",
+                url=self.url,
+            )
         self._socket_path = url.path
         self._tls = python_context(self.options, url=self.url) if tls else None
         self._password = self.options.read_password(url=self.url)
@@ -512,8 +520,16 @@ def _may_pass(failure: Exception) -> bool:
 
 
 def _closed_at_once(failure: Exception) -> bool:
-    lost = isinstance(failure, theirs.ConnectionError) and _caused_by(failure, OSError) is None
-    return lost or _caused_by(failure, ConnectionResetError) is not None
+    if _caused_by(failure, ConnectionResetError) is not None:
+        return True
+    # Not isinstance: what a server says of logins or while it loads is a subclass, and came over a good connection.
+    lost = type(failure) is theirs.ConnectionError and _caused_by(failure, OSError) is None
+    return lost and not _is_full(failure)
+
+
+def _is_full(failure: Exception) -> bool:
+    """An error reply, though redis-py has no class of its own for it."""
+    return isinstance(failure, theirs.ConnectionError) and "max number of clients" in str(failure)
 
 
 def _caused_by(failure: BaseException | None, kind: type[_OsError]) -> _OsError | None:
@@ -576,6 +592,8 @@ def _meaning(failure: Exception) -> tuple[type[RdmaloadError], str]:
         )
     if isinstance(failure, UnicodeError):
         return UrlError, "this is no name of a host"
+    if _is_full(failure):
+        return UnavailableError, "the server has as many clients as it takes; raise its maxclients, or end some"
     if isinstance(failure, (theirs.ConnectionError, OSError)):
         return UnavailableError, "check that the server runs and that host and port are right"
     if isinstance(failure, theirs.ResponseError):

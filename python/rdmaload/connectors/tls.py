@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import ssl
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from rdmaload.errors import (
@@ -45,6 +46,9 @@ def check_tls_options(options: Options, *, url: str, tls: bool, write: str) -> N
         raise UrlError(f"{url}: {' and '.join(given)} would have no effect without TLS; write {write}", url=url)
     if options.client_key_file is not None and options.client_cert_file is None:
         raise UrlError(f"{url}: client_key_file needs client_cert_file beside it", url=url)
+    if options.ca_dir is not None and Path(options.ca_dir).is_file():
+        # OpenSSL takes it, finds no authority in it and then trusts nobody.
+        raise UrlError(f"ca_dir={options.ca_dir} for {url} is no directory; a file is given by ca_file=", url=url)
     if tls and not options.verify_tls:
         _log.warning(
             "%s: verify_tls is off: whoever is between here and the server can read and change what is loaded", url
