@@ -121,9 +121,9 @@ def test_the_hint_at_tls_is_for_lost_connections_only() -> None:
     with (
         FaultProxy("127.0.0.1", 1, Close(after=0)) as proxy,
         open_redis(proxy.url("m"), retry_timeout=0.1) as connector,
+        pytest.raises(UnavailableError, match="rediss:// or valkeys://"),
     ):
-        with pytest.raises(UnavailableError, match="rediss:// or valkeys://"):
-            connector.get("m/a")
+        connector.get("m/a")
 
 
 def test_what_is_not_redis_is_said_to_be_not() -> None:

@@ -236,7 +236,7 @@ def _ways(location: Url) -> Iterator[tuple[str, str]]:
 
 
 def _is_local(location: Url) -> bool:
-    """Whether the store is on this machine."""
+    """Whether the store is on this machine, by whatever name: more than a connector knows before it connects."""
     if location.scheme.endswith("+unix"):
         return True
     if location.scheme == "memory":

@@ -258,6 +258,8 @@ class RedisConnector(KeyValueConnector):
         self._client.connection_pool.disconnect(inuse_connections=False)
 
     def _is_near(self) -> bool:
+        # `rdmaload bench` asks more: it looks names up and knows this machine's other addresses, too. Here that
+        # could wait for a name server before anything is connected, where only defaults depend on it.
         if self.location.scheme.endswith("+unix") or self._host == "localhost":
             return True
         try:
@@ -324,15 +326,9 @@ class RedisConnector(KeyValueConnector):
 
     def value_limit(self) -> int:
         """The server's proto-max-bulk-len; 512 MiB, its default, where we may not ask."""
-        try:
-            answer, _ = self._call(None, lambda: self._client.config_get("proto-max-bulk-len"))
-        except (AuthenticationError, UnavailableError, FormatError) as err:
-            _log.debug("%s: proto-max-bulk-len cannot be read: %s", self.url, err)
-            return self.max_value_bytes
-        for value in answer.values():
-            text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-            if text.isdecimal():
-                self.max_value_bytes = int(text)
+        text = self.server_settings("proto-max-bulk-len").get("proto-max-bulk-len", "")
+        if text.isdecimal():
+            self.max_value_bytes = int(text)
         return self.max_value_bytes
 
     def list(self, prefix: str) -> Iterator[str]:
@@ -396,20 +392,10 @@ class RedisConnector(KeyValueConnector):
 
     def _memory_settings(self) -> tuple[int, int, str]:
         """maxmemory and used memory (bytes, 0 = unlimited or unknown) and the policy."""
-        found: dict[str, str] = {}  # stays empty for a user who may run neither command
-        for command in (
-            lambda: self._client.info("memory"),
-            lambda: self._client.config_get("maxmemory*"),
-        ):
-            try:
-                answer, _ = self._call(None, command)
-            except (AuthenticationError, UnavailableError, FormatError) as err:
-                _log.debug("%s: memory settings cannot be read: %s", self.url, err)
-                continue
-            for name, value in answer.items():
-                text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-                name = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
-                found.setdefault(name.replace("-", "_"), text)
+        found = self.server_info()
+        if "maxmemory" not in found:  # a user who may not run INFO may still read settings
+            settings = self.server_settings("maxmemory", "maxmemory-policy")
+            found |= {name.replace("-", "_"): value for name, value in settings.items()}
         limit, used = (found.get(name, "") for name in ("maxmemory", "used_memory"))
         return (
             int(limit) if limit.isdecimal() else 0,
@@ -432,7 +418,7 @@ class RedisConnector(KeyValueConnector):
         for name in names:  # one by one: only new servers take several
             try:
                 answer = self._setting(name)
-            except (AuthenticationError, UnavailableError) as err:
+            except (AuthenticationError, FormatError, UnavailableError) as err:
                 _log.debug("%s: CONFIG GET: %s", self.url, err)
                 break
             for key, value in answer.items():
