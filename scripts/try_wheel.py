@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import rdmaload
+from rdmaload import _core
 from rdmaload.cli import main
 
 
@@ -29,8 +30,9 @@ def try_wheel() -> None:
         assert main(["doctor", str(directory)]) == 0
     root = Path(__file__).resolve().parents[1]
     assert root not in Path(rdmaload.__file__).resolve().parents, "this is the checkout, not the wheel"
+    library = _core.tls_library()  # raises where the wheel was built without TLS, or the system has no OpenSSL
     print(
-        f"the wheel works: rdmaload {rdmaload.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}"
+        f"the wheel works: rdmaload {rdmaload.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}, TLS by {library}"
     )
 
 
