@@ -19,7 +19,10 @@ from tests.support.servers import RedisServer
 def checks_of(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> dict[str, Any]:
     assert main(["doctor", *arguments, "--json"]) == code
     document = json.loads(capsys.readouterr().out)
-    assert document["ok"] is all(check["status"] == "ok" for check in document["checks"])
+    statuses = [check["status"] for check in document["checks"]]
+    assert document["ok"] is (code == 0)
+    assert document["ok"] is ("fail" not in statuses)
+    assert document["warnings"] == statuses.count("warn")
     return {check["name"]: check for check in document["checks"]}
 
 

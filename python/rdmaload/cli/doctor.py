@@ -21,8 +21,9 @@ def register(commands: Commands) -> None:
         description="Check what speed and reliability depend on: versions, processor, memory, "
         "limits and network of this machine; with a url also whether the store answers, how far it "
         "is and whether it has room. Each line is ok, warn or fail, and says what to do.",
-        prints="One line per check: ok, warn or fail, name, value, and what to do; with --json url, ok (nothing to "
-        "do at all) and checks (name, status, value, advice).",
+        prints="One line per check: ok, warn or fail, name, value, and what to do; with --json url, ok (true when "
+        "no check failed, as exit code 0 says), warnings (how many there are) and checks (name, status, value, "
+        "advice).",
         exits={
             0: "no check failed; there may be warnings",
             1: "a check of this machine or of the store failed",
@@ -58,7 +59,8 @@ def _doctor(args: argparse.Namespace) -> int:
         code = 1
     document = {
         "url": shown,
-        "ok": all(check.status == "ok" for check in checks),
+        "ok": code == 0,
+        "warnings": sum(check.status == "warn" for check in checks),
         "checks": [check.to_json() for check in checks],
     }
     write_result(args.json, document, [check.line() for check in checks])
