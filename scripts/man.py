@@ -58,6 +58,7 @@ def page(parser: argparse.ArgumentParser, help: str) -> str:
 def pages() -> Iterator[tuple[str, str]]:
     """Names of files and their content."""
     parser = make_parser()
+    parser.format_help()  # which makes the list of options
     yield "rdmaload.1", page(parser, "save model weights into stores and load them back")
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

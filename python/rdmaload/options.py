@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 from rdmaload.errors import AuthenticationError, UrlError
 from rdmaload.urls import Url, is_secret_option
 
-__all__ = ["Options", "parse_size"]
+__all__ = ["Options", "parse_size", "takes_none"]
 
 _Value = TypeVar("_Value")
 
@@ -136,7 +136,7 @@ class Options:
     """
 
     connections: int | None = _option(_whole(1, 1024), None)
-    """Connections to the store that one load holds; None = 1 to a server on this machine, else 4."""
+    """Connections to the store that one load holds; None = 1 to a server on this machine, else 4 (8 to s3://)."""
     bytes_in_flight: int | None = _option(_size(), None)
     """Bytes asked for and not yet received, over all connections; None = 2 MiB on this machine, else 16 MiB."""
     connect_timeout: float = _option(_seconds, 10.0)
@@ -178,7 +178,7 @@ class Options:
     chunk_bytes: int | None = _option(_size(), None)
     """Bytes per chunk of a save; None = the format's default, or what the store takes."""
     threads: int = _option(_whole(1, 1024), 2)
-    """Threads that read local files, or a store without a native transport."""
+    """Threads that read local files, or a store without a native transport; 4 for s3:// unless given."""
     file_io: Literal["auto", "buffered", "direct"] = _option(_one_of("auto", "buffered", "direct"), "auto")
     """Local files through the page cache ("buffered"), past it ("direct", where possible), or what is faster."""
     max_integrity_attempts: int = _option(_whole(1, 100), 3)
@@ -206,7 +206,7 @@ class Options:
     stall_timeout: float = _option(_seconds, 2.0)
     """Seconds without a byte after which the rest of a range is asked for on another http connection."""
     verify_tls: bool = _option(_flag, True)
-    """False accepts any TLS server, and is logged."""
+    """True verifies the certificate of a TLS server; False accepts any, and is logged."""
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -300,14 +300,19 @@ def _converted(name: str, value: object, where: str) -> Any:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(_FIELDS))}"
         raise UrlError(f"unknown option {name}{where}: {hint}")
     convert = option.metadata["convert"]
-    # In a url "none" is the way to write None, except where it may be a name or a password.
-    if option.metadata["optional"] and (value is None or (value == "none" and convert is not _text)):
+    if (value is None and option.metadata["optional"]) or (value == "none" and takes_none(name)):
         return None
     try:
         return convert(value)
     except _Wrong as err:
         shown = "" if is_secret_option(name) else f", not {str(value)[:80]!r}"
         raise UrlError(f"option {name}{where} must be {err}{shown}") from None
+
+
+def takes_none(name: str) -> bool:
+    """Whether "none" is a way to write None in a url: not where it may be a name or a password."""
+    metadata = _FIELDS[name].metadata
+    return bool(metadata["optional"]) and metadata["convert"] is not _text
 
 
 def _conflict(name: str, in_url: object, elsewhere: object, url: Url) -> UrlError:

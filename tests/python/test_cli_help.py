@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from rdmaload.cli import exits, main
 from rdmaload.cli.arguments import options_of
 from rdmaload.cli.parser import make_parser
+from rdmaload.options import Options
 from rdmaload.urls import parse_url
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +93,43 @@ def test_the_examples_of_the_whole_parse(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {int(code) for code in codes} == set(exits.MEANINGS)
 
 
+def test_every_option_is_explained_with_a_default_that_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = make_parser().format_help()
+    found = re.findall(r"^  (\w+)=(\S+)\n((?:      \S.*\n)+)", text, re.MULTILINE)
+    assert [name for name, _, _ in found] == [option.name for option in fields(Options)]
+    for name, default, meaning in found:
+        assert len(meaning.strip()) > 10, name
+        assert not re.search(r"\b(None|True|False)\b|`", meaning), name
+        if default == "TEXT":
+            assert getattr(Options(), name) is None
+            continue
+        url = parse_url(f"redis://h/m?{name}={default}")
+        assert getattr(Options.resolve(url), name) == getattr(Options(), name), name
+    assert "1 to a server on this machine, else 4" in " ".join(text.split())
+
+
+def test_help_without_sources_still_lists_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> str:
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr("inspect.getsource", refuse)
+    assert "\n  connections=none\n  bytes_in_flight=none\n" in make_parser().format_help()
+
+
+@pytest.mark.parametrize("name", REPORTING)
+def test_help_says_which_variables_are_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = " ".join(section(help_of(name, monkeypatch), "environment"))
+    for variable in ("password_env", "COLUMNS", "SSL_CERT_FILE", "SSL_CERT_DIR", "AWS_PROFILE", "HTTPS_PROXY"):
+        assert variable in read
+
+
+def test_help_shows_every_kind_of_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in (make_parser().format_help(), help_of("load", monkeypatch)):
+        for scheme in ("redis://", "rediss://", "valkey://", "valkeys://", "redis+unix://", "s3://", "directory"):
+            assert scheme in text
+
+
 def test_help_shows_what_the_option_shows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     for topic, arguments in (("bench", ["bench", "--help"]), (None, ["--help"])):
@@ -112,6 +151,7 @@ def test_manual_pages_say_what_the_help_says(tmp_path: Path) -> None:
     assert made.returncode == 0, made.stderr
     pages = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert set(pages) == {"rdmaload.1"} | {f"rdmaload-{name}.1" for name in COMMANDS}
+    assert "verify_tls=true" in pages["rdmaload.1"]
     for name, page in pages.items():
         for line in page.splitlines():
             # A line that begins with a dot is a request; any other one would swallow the text after it.

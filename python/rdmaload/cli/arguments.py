@@ -7,15 +7,18 @@ An argument may hold a password, and argparse quotes what it refuses: messages g
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
+import inspect
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
+from itertools import pairwise
 from typing import Any, NoReturn, TypeAlias
 
 from rdmaload.cli.exits import MEANINGS, UsageError
-from rdmaload.options import Options, parse_size
+from rdmaload.options import Options, parse_size, takes_none
 from rdmaload.urls import SECRET_TEXT, is_secret_option, redact
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
     "add_url",
     "add_verbosity",
     "option_names",
+    "options_manual",
     "options_of",
     "redact_arguments",
     "seconds",
@@ -42,10 +46,15 @@ _HELP_COLUMNS = 79  # what argparse leaves alone, we wrap for the narrowest term
 _PRINTS = "Progress, warnings and errors, one line each, go to stderr; with --json a failure is a document, too."
 _ENVIRONMENT = (
     "The variable that -o password_env=NAME (or the url's query) names holds the password. COLUMNS is the width of "
-    "this text. Nothing else is read."
+    "this text. rdmaload itself reads nothing else, but what it uses does: for TLS without ca_file and ca_dir OpenSSL "
+    "takes authorities from SSL_CERT_FILE and SSL_CERT_DIR, and for s3:// boto3 reads its own (AWS_ACCESS_KEY_ID, "
+    "AWS_PROFILE, AWS_CA_BUNDLE ...) and HTTP_PROXY, HTTPS_PROXY and NO_PROXY."
 )
 
-_URL_HELP = "the model: redis://[user:pass@]host[:6379]/model, valkey://..., a directory"
+_URL_HELP = (
+    "the model: redis://[user:pass@]host[:6379]/model (rediss:// over TLS), valkey:// (valkeys://) likewise, "
+    "redis+unix:///path.sock?model=MODEL, s3://bucket/model, or a directory"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -175,6 +184,41 @@ def add_patterns(command: argparse.ArgumentParser, noun: str, example: str) -> N
 def option_names() -> dict[str, object]:
     """The names of all options with their defaults."""
     return {option.name: option.default for option in fields(Options)}
+
+
+def options_manual() -> str:
+    """Every option as -o takes it, with its default and what it is for.
+
+    The text is that of the fields' docstrings, read from the source: Python keeps none for fields.
+    """
+    try:
+        tree = ast.parse(inspect.getsource(Options)).body[0]
+    except OSError:  # installed without sources
+        tree = ast.Pass()
+    body = tree.body if isinstance(tree, ast.ClassDef) else []
+    meaning = {}
+    for node, after in pairwise(body):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
+            meaning[node.target.id] = str(ast.literal_eval(after.value))
+    lines = []
+    for option in fields(Options):
+        lines.append(f"  {option.name}={_default_text(option)}")
+        text = meaning.get(option.name, "").replace("`", "").replace("None = ", "unless given, ")
+        text = re.sub(r"\b(True|False)\b", lambda found: found[0].lower(), text)
+        lines += [_filled(text, " " * 6)] if text else []
+    return "\n".join(lines)
+
+
+def _default_text(option: Field[Any]) -> str:
+    """A default as it may be written after "=", or TEXT where there is none to write."""
+    value: Any = option.default
+    if value is None:
+        return "none" if takes_none(option.name) else "TEXT"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if option.name.endswith("_bytes") and value % 2**20 == 0:
+        return f"{value // 2**20}MiB"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def options_of(args: argparse.Namespace) -> dict[str, object]:

@@ -6,7 +6,7 @@ import difflib
 
 from rdmaload import __version__
 from rdmaload.cli import bench, doctor, listing, removal, serving, transfer
-from rdmaload.cli.arguments import Commands, Parser, add_verbosity, option_names
+from rdmaload.cli.arguments import Commands, Parser, add_verbosity, options_manual
 from rdmaload.cli.exits import UsageError
 
 __all__ = ["make_parser"]
@@ -14,13 +14,14 @@ __all__ = ["make_parser"]
 _DESCRIPTION = """\
 Saves model weights into stores and loads them back, natively and verified.
 
-A URL is a model in a store: redis://[user:pass@]host[:6379]/model,
-valkey://..., or a directory. A password is better given by
+A URL is a model in a store: redis://[user:pass@]host[:6379]/model (rediss://
+over TLS), valkey:// (valkeys://) likewise, redis+unix:///path.sock?model=MODEL,
+s3://bucket/model, or a directory. A password is better given by
 -o password_file=PATH or -o password_env=NAME than in a url, which every user of
 the machine can see among the processes."""
 
 _EPILOG = """\
-options for -o and for the url's query, with their defaults:
+options for -o and for the url's query, with their defaults (TEXT has none):
 {options}
 
 exit codes:
@@ -35,12 +36,15 @@ examples:
   rdmaload doctor redis://10.0.0.5"""
 
 
+class _Whole(Parser):
+    def format_help(self) -> str:
+        self.epilog = _EPILOG.format(options=options_manual())  # here: no other command need wait for it
+        return super().format_help()
+
+
 def make_parser() -> Parser:
     """A new parser; its result has `run`, the function of the command."""
-    options = "\n".join(
-        f"  {name}={'none' if default is None else default}" for name, default in option_names().items()
-    )
-    parser = Parser(prog="rdmaload", description=_DESCRIPTION, epilog=_EPILOG.format(options=options))
+    parser = _Whole(prog="rdmaload", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"rdmaload {__version__}")
     # Set by every command, but also read when parsing has not come that far.
     parser.set_defaults(json=False)

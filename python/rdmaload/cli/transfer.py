@@ -42,13 +42,16 @@ def _register_save(commands: Commands) -> None:
         help="save a directory, or a model from another store",
         description="Save a model: a directory with safetensors files, or a model in another "
         "store, verified while it is copied. Readers see the old model or the new one, never a mix. A "
-        "save that was interrupted goes on where it stopped when it is called again.",
+        "save that was interrupted goes on where it stopped when it is called again. Neither holds for --layout "
+        "sglang, which has no generations: the old model is taken away before the new one comes, loads fail meanwhile "
+        "(one that is under way may mix both), and a save that was interrupted starts anew.",
         prints="Files, bytes sent, speed, path and the new generation; with --json the fields of SaveStats (bytes, "
         "seconds, gb_per_s, stages, path, files, chunks, skipped_bytes, generation, save_id, published).",
         examples=[
             "rdmaload save /models/llama redis://10.0.0.5/llama",
             "rdmaload save redis://old-host/llama redis://new-host/llama",
             "rdmaload save ./0 redis://10.0.0.5/big --rank 0 --world-size 8 --save-id s900",
+            "rdmaload save /models/llama redis://10.0.0.5/llama-sgl --layout sglang",
         ],
     )
     save.add_argument("source", metavar="SOURCE", help="a directory, or the url of a model")
