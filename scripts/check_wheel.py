@@ -1,4 +1,4 @@
-"""Whether the repaired wheels in a directory are what is promised: their tag, what they hold, and that they bundle nothing.
+"""Whether the repaired wheels in a directory are what is promised: their tag, what they hold; they bundle nothing.
 
     check_wheel.py DIRECTORY [OLDEST]
 

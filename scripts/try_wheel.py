@@ -32,7 +32,8 @@ def try_wheel() -> None:
     assert root not in Path(rdmaload.__file__).resolve().parents, "this is the checkout, not the wheel"
     library = _core.tls_library()  # raises where the wheel was built without TLS, or the system has no OpenSSL
     print(
-        f"the wheel works: rdmaload {rdmaload.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}, TLS by {library}"
+        f"the wheel works: rdmaload {rdmaload.__version__}, torch {torch.__version__}, "
+        f"Python {sys.version.split()[0]}, TLS by {library}"
     )
 
 
