@@ -1,4 +1,4 @@
-"""Ten thousand small loads and two hundred with faults in one process leave nothing behind.
+"""Ten thousand small loads, hundreds by every other way and two hundred with faults leave nothing behind.
 
 Counts (descriptors, threads, objects, half-closed connections) must be exactly what they were. Memory is sampled
 once in a hundred loads after a warm-up, and the medians of the first and the last third are compared: a leak of a
@@ -13,6 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 import rdmaload
 from rdmaload.errors import RdmaloadError
 from tests.support import faults, resp
+from tests.support.certificates import Authority
 from tests.support.fault_proxy import FaultProxy
 from tests.support.footprint import Footprint, anonymous_bytes, growth_bytes
 from tests.support.servers import RedisServer
@@ -33,6 +35,11 @@ FAULTY_LOADS = 200
 MAX_GROWTH_BYTES = 4 << 20
 # Between the medians of the faulty loads lie 100 of them.
 MAX_FAULTY_GROWTH_BYTES = 4 << 20
+# Of each other way: 200 loads lie between the medians, so that 5 KiB of each are seen.
+OTHER_LOADS = 400
+OTHER_WARM_UP = 100
+OTHER_SAMPLE_EVERY = 10
+MAX_OTHER_GROWTH_BYTES = 1 << 20
 
 STATE = {
     "a": torch.arange(1000, dtype=torch.float32),
@@ -99,6 +106,58 @@ def test_ten_thousand_small_loads_leave_nothing_behind(server: RedisServer, tmp_
     assert len(samples) == (LOADS - WARM_UP) // SAMPLE_EVERY
     assert growth_bytes(samples) < MAX_GROWTH_BYTES, [sample >> 10 for sample in samples]
     rdmaload.remove(memory)
+
+
+@pytest.fixture(params=["tls", "unix", "direct", "sglang"])
+def place(request: pytest.FixtureRequest, authority: Authority, tmp_path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A url, what to open it with, and by `path` how its bytes come."""
+    if request.param == "direct":
+        save_file(STATE, tmp_path / "model.safetensors")
+        yield str(tmp_path), {"file_io": "direct"}
+        return
+    ways: dict[str, dict[str, Any]] = {
+        "tls": {"tls": authority, "tls_clients": True},
+        "unix": {"unix": True},
+        "sglang": {},
+    }
+    with RedisServer(**ways[request.param]) as server:
+        layout = "sglang" if request.param == "sglang" else "rdmaload"
+        rdmaload.save(STATE, server.url("m"), layout=layout, chunk_bytes=None if layout == "sglang" else CHUNK)
+        yield server.url("m"), {}
+
+
+PATHS = {"tls": "resp-tls", "unix": "resp-unix", "direct": "file-direct", "sglang": "resp-tcp"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_hundreds_of_loads_by_every_other_way_leave_nothing_behind(
+    place: tuple[str, dict[str, Any]], request: pytest.FixtureRequest
+) -> None:
+    url, options = place
+    stats = rdmaload.LoadStats()
+    with rdmaload.open(url, **options) as opened:
+        loads: list[Callable[[], dict[str, torch.Tensor]]] = [
+            lambda: rdmaload.load(url, **options),
+            lambda: opened.load(stats=stats),
+            lambda: dict(opened.weight_iterator(window_bytes=3000)),
+            lambda: dict(rdmaload.weight_iterator(url, window_bytes=3000, connections=1, **options)),
+        ]
+        samples = []
+        before = None
+        for number, load in enumerate(itertools.islice(itertools.cycle(loads), OTHER_LOADS), 1):
+            check(load())
+            if number == OTHER_WARM_UP:
+                before = Footprint.of_process()
+            elif number > OTHER_WARM_UP and number % OTHER_SAMPLE_EVERY == 0:
+                samples.append(anonymous_bytes())
+        assert before is not None
+        assert Footprint.settled(before).beyond(before) == []
+    way = request.node.callspec.params["place"]
+    # A file system without O_DIRECT says so; what is loaded then is the page cache's business.
+    assert stats.path == PATHS[way] or (way == "direct" and stats.fallback_reason is not None)
+    assert len(samples) == (OTHER_LOADS - OTHER_WARM_UP) // OTHER_SAMPLE_EVERY
+    assert growth_bytes(samples) < MAX_OTHER_GROWTH_BYTES, [sample >> 10 for sample in samples]
 
 
 FAULTS: dict[str, tuple[faults.Fault, ...]] = {
