@@ -110,7 +110,7 @@ def test_ten_thousand_small_loads_leave_nothing_behind(server: RedisServer, tmp_
 
 @pytest.fixture(params=["tls", "unix", "direct", "sglang"])
 def place(request: pytest.FixtureRequest, authority: Authority, tmp_path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A url, what to open it with, and by `path` how its bytes come."""
+    """A url, and what to open it with."""
     if request.param == "direct":
         save_file(STATE, tmp_path / "model.safetensors")
         yield str(tmp_path), {"file_io": "direct"}
