@@ -138,9 +138,11 @@ void Connection::fail_all(const Status& first) noexcept {
     } else if (head || first.code() == ErrorCode::kCancelled) {
       read->owner->complete(*read, first);
     } else {
-      read->owner->complete(*read,
-                            Status(ErrorCode::kUnavailable,
-                                   context(*read) + ": the connection was lost (" + first.message() + ")"));
+      // What a silent server costs is a time-out for each of them, whichever is reported.
+      const ErrorCode code =
+          first.code() == ErrorCode::kTimeout ? ErrorCode::kTimeout : ErrorCode::kUnavailable;
+      read->owner->complete(
+          *read, Status(code, context(*read) + ": the connection was lost (" + first.message() + ")"));
     }
     head = false;
   }

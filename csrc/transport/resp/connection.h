@@ -48,7 +48,7 @@ class Connection {
   void turn(int milliseconds);
   bool has_cancelled_reads() const noexcept;
   // Completes every read in flight: the one whose reply was being read with `first`, the others with
-  // kUnavailable (it was not their fault) or, when cancelled, with kCancelled.
+  // kUnavailable (it was not their fault), kTimeout when that is what `first` is, or kCancelled.
   void fail_all(const Status& first) noexcept;
 
  private:
