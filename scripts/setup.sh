@@ -46,20 +46,21 @@ if [ ! -x .venv/bin/python ]; then
 fi
 . .venv/bin/activate
 
-# The tests also run against Valkey where there is one; asked for once. Debian 12 has it in its backports, from which apt
-# takes nothing else unasked (priority 100).
+# The tests (which set want_valkey) also run against Valkey where there is one; asked for once. Debian 12 has it in its
+# backports, from which apt takes nothing else unasked (priority 100).
 install_valkey() {
   local sources=/etc/apt/sources.list.d/bookworm-backports.list
   if [ "$(. /etc/os-release && echo "${ID:-}-${VERSION_CODENAME:-}")" = debian-bookworm ] &&
     ! grep -rqs bookworm-backports /etc/apt/sources.list /etc/apt/sources.list.d; then
     local mirror
     mirror=$(grep -rhsoE 'https?://[^ ]+/debian/?( |$)' /etc/apt/sources.list /etc/apt/sources.list.d | head -1 | tr -d ' ')
-    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] ${mirror:-http://deb.debian.org/debian}" \
-      "bookworm-backports main" | $sudo tee $sources >/dev/null
+    [ -n "$mirror" ] || return 1
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror bookworm-backports main" |
+      $sudo tee $sources >/dev/null
   fi
   install_packages valkey-server
 }
-if ! command -v valkey-server >/dev/null && [ ! -e .venv/no-valkey ]; then
+if [ -n "${want_valkey:-}" ] && ! command -v valkey-server >/dev/null && [ ! -e .venv/no-valkey ]; then
   install_valkey || {
     echo "valkey-server cannot be installed here: the tests against it will be skipped" >&2
     touch .venv/no-valkey
