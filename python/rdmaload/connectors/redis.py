@@ -392,7 +392,7 @@ class RedisConnector(KeyValueConnector):
 
     def _memory_settings(self) -> tuple[int, int, str]:
         """maxmemory and used memory (bytes, 0 = unlimited or unknown) and the policy."""
-        found = self.server_info()
+        found = self.server_info("memory")
         if "maxmemory" not in found:  # a user who may not run INFO may still read settings
             settings = self.server_settings("maxmemory", "maxmemory-policy")
             found |= {name.replace("-", "_"): value for name, value in settings.items()}
@@ -403,10 +403,10 @@ class RedisConnector(KeyValueConnector):
             found.get("maxmemory_policy", ""),
         )
 
-    def server_info(self) -> dict[str, str]:
-        """The server's INFO by name, such as `redis_version`; `db0` is a dict's text. Empty where it is refused."""
+    def server_info(self, section: str | None = None) -> dict[str, str]:
+        """The server's INFO, or a section of it, by name; `db0` is a dict's text. Empty where it is refused."""
         try:
-            answer, _ = self._call(None, lambda: self._client.info())
+            answer, _ = self._call(None, lambda: self._client.info(section))
         except (AuthenticationError, FormatError, UnavailableError) as err:
             _log.debug("%s: INFO: %s", self.url, err)
             return {}
