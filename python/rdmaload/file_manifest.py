@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rdmaload.connectors.connector import FileConnector
-from rdmaload.errors import IntegrityError, NotFoundError, NotSupportedError, StaleGenerationError
+from rdmaload.errors import NotFoundError, NotSupportedError, StaleGenerationError
+from rdmaload.generations import check_digest
 from rdmaload.index import Index, index_of_files
 from rdmaload.manifest import Manifest
 
@@ -54,14 +55,7 @@ def _manifest_and_index(connector: FileConnector) -> tuple[Manifest | None, Inde
                 url=url,
                 key=FILE_MANIFEST,
             )
-        digest = Manifest.sha256(value)
-        if options.manifest_sha256 is not None and digest != options.manifest_sha256:
-            raise IntegrityError(
-                f"{url}: the manifest has SHA-256 {digest}, manifest_sha256= asks for {options.manifest_sha256}: it is "
-                "another model or was tampered with",
-                url=url,
-                key=FILE_MANIFEST,
-            )
+        check_digest(value, options, url=url, key=FILE_MANIFEST)
         key = file_index_path(manifest.generation)
         encoded = connector.read_small(key)
         if encoded is not None:

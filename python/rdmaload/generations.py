@@ -13,9 +13,10 @@ from rdmaload.errors import (
 )
 from rdmaload.index import Index, index_key
 from rdmaload.manifest import Manifest, generation_manifest_key, manifest_key
+from rdmaload.options import Options
 from rdmaload.sglang_layout import find_index
 
-__all__ = ["resolve", "resolve_any"]
+__all__ = ["check_digest", "resolve", "resolve_any"]
 
 
 def resolve_any(connector: KeyValueConnector) -> tuple[Manifest | None, Index]:
@@ -83,14 +84,7 @@ def _manifest(connector: KeyValueConnector) -> Manifest:
                 key=key,
             )
         manifest = Manifest.decode(value, url=url, key=key)
-    digest = Manifest.sha256(value)
-    if options.manifest_sha256 is not None and digest != options.manifest_sha256:
-        raise IntegrityError(
-            f"{url}: the manifest has SHA-256 {digest}, manifest_sha256= asks for {options.manifest_sha256}: it is "
-            "another model or was tampered with",
-            url=url,
-            key=key,
-        )
+    check_digest(value, options, url=url, key=key)
     return manifest
 
 
@@ -110,3 +104,15 @@ def _index(connector: KeyValueConnector, manifest: Manifest) -> Index:
         return Index.decode(encoded)
     except (FormatError, NotSupportedError) as error:
         raise type(error)(f"{key} at {url}: {error}", url=url, key=key) from error.__cause__
+
+
+def check_digest(value: bytes, options: Options, *, url: str, key: str) -> None:
+    """Raise IntegrityError unless a manifest's bytes are those that `manifest_sha256` asks for."""
+    digest = Manifest.sha256(value)
+    if options.manifest_sha256 is not None and digest != options.manifest_sha256:
+        raise IntegrityError(
+            f"{url}: the manifest has SHA-256 {digest}, manifest_sha256= asks for {options.manifest_sha256}: it is "
+            "another model or was tampered with",
+            url=url,
+            key=key,
+        )
