@@ -41,6 +41,8 @@ PYTHON_ORDER = [
         "selection",
         "targets",
         "fill",
+        "node_group",
+        "node_share",
         "pull",
     }
     | {"sources", "state_dict", "journal", "upload", "publish", "files_save", "object_save", "file_manifest"}

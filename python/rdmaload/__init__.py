@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     )
     from rdmaload.loading import load, load_into, open, pull_files, weight_iterator
     from rdmaload.model import Model
+    from rdmaload.node_group import NodeGroup
     from rdmaload.options import Options
     from rdmaload.stats import LoadStats, Progress, SaveStats
 
@@ -69,6 +70,7 @@ _MODULE_OF = {
     ),
     **dict.fromkeys(("load", "load_into", "open", "pull_files", "weight_iterator"), "rdmaload.loading"),
     "Model": "rdmaload.model",
+    "NodeGroup": "rdmaload.node_group",
     **dict.fromkeys(("LoadStats", "Progress", "SaveStats"), "rdmaload.stats"),
     **dict.fromkeys(("models", "prune", "remove"), "rdmaload._prune"),
     "Options": "rdmaload.options",
@@ -90,6 +92,7 @@ __all__ = [
     "LoadTimeoutError",
     "MemoryLimitError",
     "Model",
+    "NodeGroup",
     "NotFoundError",
     "NotSupportedError",
     "Options",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rdmaload.connectors.registry import connector_for
 from rdmaload.model import Model
+from rdmaload.node_group import NodeGroup
 from rdmaload.options import Options
 from rdmaload.report import ProgressCallback
 from rdmaload.selection import Patterns
@@ -61,6 +62,7 @@ def weight_iterator(
     include: Patterns = None,
     exclude: Patterns = None,
     borrow: bool = False,
+    node: NodeGroup | None = None,
     stats: LoadStats | None = None,
     progress: ProgressCallback | None = None,
     options: Options | None = None,
@@ -73,7 +75,14 @@ def weight_iterator(
     model = open(url, options=options, **opts)
     try:
         tensors = model.weight_iterator(
-            rank, device=device, include=include, exclude=exclude, borrow=borrow, stats=stats, progress=progress
+            rank,
+            device=device,
+            include=include,
+            exclude=exclude,
+            borrow=borrow,
+            node=node,
+            stats=stats,
+            progress=progress,
         )
     except BaseException:
         model.close()

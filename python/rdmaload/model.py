@@ -9,6 +9,7 @@ with rdmaload.open("redis://127.0.0.1:6379/llama") as model:
 from __future__ import annotations
 
 import atexit
+import logging
 import tempfile
 import time
 import weakref
@@ -22,6 +23,7 @@ from rdmaload.connectors.connector import Connector, FileConnector, KeyValueConn
 from rdmaload.devices import DeviceRoad, checked_device, open_road
 from rdmaload.errors import (
     LayoutMismatchError,
+    LoadTimeoutError,
     NotFoundError,
     NotSupportedError,
     PartialLoadError,
@@ -32,6 +34,7 @@ from rdmaload.file_manifest import resolve_files
 from rdmaload.generations import resolve_any
 from rdmaload.index import IndexFile
 from rdmaload.manifest import Manifest
+from rdmaload.node_group import NodeGroup
 from rdmaload.reader import StoreReader
 from rdmaload.report import ProgressCallback, Report
 from rdmaload.selection import Patterns, RankTensors, as_patterns, is_selected, placed_tensors, plans_of, tensors_of
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Model"]
 
+_log = logging.getLogger("rdmaload")
 
 _open_models: weakref.WeakSet[Model] = weakref.WeakSet()
 
@@ -231,6 +235,7 @@ class Model:
         exclude: Patterns = None,
         window_bytes: int | None = None,
         borrow: bool = False,
+        node: NodeGroup | None = None,
         stats: LoadStats | None = None,
         progress: ProgressCallback | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -238,11 +243,15 @@ class Model:
 
         At most `window_bytes` (default: the option of that name) are read ahead and not yet yielded; a larger tensor
         is read alone. Yielded tensors are the caller's. With `borrow=True` they are valid only until the iterator is
-        asked for the next one, and memory is used again: copy what you keep. Raises as `load` does.
+        asked for the next one, and memory is used again: copy what you keep. With `node`, the processes of that group
+        read the model once, together: one reads, all get every tensor, in memory that they share until one of them
+        writes to it; all must ask for the same. Raises as `load` does.
         """
         window = self._window(window_bytes)
         self._weights_of(rank)  # errors of layout come from this call, not from the first next()
         place = checked_device(device)
+        if node is not None and node.size > 1:
+            return self._stream_shared(rank, place, include, exclude, self.stats_for(stats), progress, window, node)
         if place.type == "cuda":
             return self._stream_to_gpu(rank, place, None, include, exclude, self.stats_for(stats), progress, window)
         return self._stream(rank, place, None, include, exclude, self.stats_for(stats), progress, window, borrow)
@@ -319,6 +328,69 @@ class Model:
                 self._check_open()
         finally:
             batches.close()  # type: ignore[attr-defined]  # a generator: stops reading at once
+            report.end()
+
+    def _stream_shared(
+        self,
+        rank: int | None,
+        device: torch.device,
+        include: Patterns,
+        exclude: Patterns,
+        stats: LoadStats,
+        progress: ProgressCallback | None,
+        window: int,
+        node: NodeGroup,
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        from rdmaload.node_share import SharedRead, meet
+
+        self._check_open()
+        weights = self._weights_of(rank)
+        selection, names = weights.select(include, exclude)
+        total = sum(weights.specs[position].nbytes for position in selection)
+        options = self._connector.options
+        host_memory.require(min(window, total), limit=options.max_host_bytes, url=self.url)
+        report = self._load_report(stats, progress)
+        tick = report.expect(total)
+        identity = [self.generation, [(file.path, file.size, file.etag) for file in self._index.files]]
+        try:
+            shared = meet(
+                SharedRead(
+                    self._reader,
+                    weights,
+                    selection,
+                    window,
+                    node,
+                    self.url,
+                    identity,
+                    options.inactivity_timeout,
+                    stats,
+                )
+            )
+        except LoadTimeoutError as error:  # correct all the same, and slower: not a reason to fail
+            stats.fallback_reason = f"every member reads for itself: {error}"
+            _log.warning("%s", stats.fallback_reason)
+            alone = self.weight_iterator(
+                rank,
+                device=device,
+                include=include,
+                exclude=exclude,
+                window_bytes=window,
+                stats=stats,
+                progress=progress,
+            )
+            yield from alone
+            return
+        try:
+            for position, tensor in shared:
+                moved = tensor if device.type == "cpu" else tensor.to(device)
+                stats.bytes += tensor.nbytes
+                for name in names[position]:
+                    yield name, moved
+                if tick is not None:
+                    tick(stats.bytes)
+                self._check_open()
+        finally:
+            shared.close()  # type: ignore[attr-defined]  # a generator: tells the others at once
             report.end()
 
     def _stream_to_gpu(
