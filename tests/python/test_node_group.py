@@ -220,6 +220,22 @@ def test_groups_of_other_selections_do_not_mix(url: str, checkpoint: Checkpoint,
             assert set(future.result(20)) == {f"layer.{i}2" for i in range(10)}
 
 
+def test_members_that_opened_other_generations_do_not_mix(
+    url: str, checkpoint: Checkpoint, model: str, tmp_path: Path
+) -> None:
+    names = {f"layer.{i:02}": ("U8", [10_000]) for i in range(100)} | {"empty": ("F32", [0, 3])}
+    newer = make_checkpoint(tmp_path / "newer", names, files=4, seed=1)
+    with rdmaload.open(url) as before:
+        rdmaload.save(newer.directory, url.replace("counting", "memory"), chunk_bytes=CHUNK)
+        with rdmaload.open(url) as after, ThreadPoolExecutor(2) as threads:
+            old, new = threads.map(
+                lambda i: dict((before, after)[i].weight_iterator(node=NodeGroup(model, i, 2, join_seconds=0.5))),
+                range(2),
+            )
+    compare(old, checkpoint.directory)
+    compare(new, newer.directory)
+
+
 def test_two_groups_of_one_name_come_one_after_the_other(url: str, checkpoint: Checkpoint, model: str) -> None:
     with ThreadPoolExecutor(4) as threads:
         states = [threads.submit(read_by, url, model, i % 2, 2, window_bytes=50_000) for i in range(4)]
