@@ -117,6 +117,10 @@ def checked_device(device: str | torch.device) -> torch.device:
         checked = torch.device(device)
     except RuntimeError as err:
         raise DeviceError(f"device={device!r} is no device that torch knows: {err}") from err
+    if checked.type == "meta":
+        raise DeviceError(
+            "device='meta' holds no bytes: Model.tensors has names, dtypes and shapes without reading any"
+        )
     if checked.type != "cuda":
         return checked
     devices = allocator()

@@ -39,7 +39,7 @@ from rdmaload.reader import StoreReader
 from rdmaload.report import ProgressCallback, Report
 from rdmaload.selection import Patterns, RankTensors, as_patterns, is_selected, placed_tensors, plans_of, tensors_of
 from rdmaload.stats import LoadStats
-from rdmaload.tensors import TensorSpec, converted_bytes
+from rdmaload.tensors import TensorSpec, check_dtype, converted_bytes
 from rdmaload.weights import has_weight_suffix
 
 if TYPE_CHECKING:
@@ -191,10 +191,12 @@ class Model:
 
         `rank` picks one rank's tensors of a sharded model (a checkpoint gives all to every rank). `dtype` converts
         floating-point tensors. `include` and `exclude` are fnmatch patterns, applied before anything is read. Tied
-        names give one tensor. Raises LayoutMismatchError, IntegrityError, NotFoundError, StaleGenerationError,
-        UnavailableError, LoadTimeoutError, MemoryLimitError, DeviceError.
+        names give one tensor. Raises TypeError for what is no floating-point dtype, LayoutMismatchError,
+        IntegrityError, NotFoundError, StaleGenerationError, UnavailableError, LoadTimeoutError, MemoryLimitError,
+        DeviceError.
         """
         place = checked_device(device)
+        check_dtype(dtype)
         if place.type == "cuda":
             stats = self.stats_for(stats)
             return dict(self._stream_to_gpu(rank, place, dtype, include, exclude, stats, progress, None))

@@ -17,7 +17,7 @@ from rdmaload.errors import DeviceError, FormatError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TensorSpec", "converted_bytes", "export_tensor", "import_target", "torch_dtype"]
+__all__ = ["TensorSpec", "check_dtype", "converted_bytes", "export_tensor", "import_target", "torch_dtype"]
 
 # safetensors name: DLPack type code and bits, for the types that DLPack has had from the start.
 _DLPACK = {
@@ -95,6 +95,16 @@ def torch_dtype(spec: TensorSpec) -> tuple[torch.dtype, tuple[int, ...]]:
     if spec.dtype == "F4":
         return dtype, (*spec.shape[:-1], spec.shape[-1] // 2)
     return dtype, spec.shape
+
+
+def check_dtype(dtype: object) -> None:
+    """Raise TypeError unless `dtype` is None or a floating-point torch dtype, to which weights can be converted."""
+    if dtype is None:
+        return
+    import torch
+
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype={dtype!r}: floating-point tensors are converted to a dtype such as torch.bfloat16")
 
 
 def converted_bytes(spec: TensorSpec, dtype: torch.dtype | None) -> int:

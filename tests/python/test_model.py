@@ -709,6 +709,17 @@ def test_a_load_above_max_host_bytes_is_refused_before_it_begins(redis_url: str,
         assert compare(dict(opened.weight_iterator()), tiny_checkpoint.directory) == tiny_checkpoint.bytes
 
 
+@pytest.mark.parametrize("dtype", ["float32", torch.int8, torch.Tensor])
+def test_what_is_no_floating_point_dtype_is_refused(tiny_checkpoint: Checkpoint, dtype: object) -> None:
+    with pytest.raises(TypeError, match=r"dtype=.*torch\.bfloat16"):
+        rdmaload.load(tiny_checkpoint.directory, dtype=dtype)  # type: ignore[arg-type]
+
+
+def test_the_meta_device_is_refused(tiny_checkpoint: Checkpoint) -> None:
+    with pytest.raises(rdmaload.DeviceError, match=r"Model\.tensors"):
+        rdmaload.load(tiny_checkpoint.directory, device="meta")
+
+
 def test_dtype_converts_floating_point_tensors(place: Place, tmp_path: Path) -> None:
     stored = {"f": torch.randn(10), "i": torch.arange(3), "b": torch.ones(2, dtype=torch.bfloat16)}
     save_file(stored, tmp_path / "a.safetensors")
