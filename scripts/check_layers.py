@@ -44,6 +44,7 @@ PYTHON_ORDER = [
         "node_group",
         "node_share",
         "pull",
+        "timeline",
     }
     | {"sources", "state_dict", "journal", "upload", "publish", "files_save", "object_save", "file_manifest"}
     | {"sglang_layout", "sglang_source", "sglang_state", "_sglang_save"}

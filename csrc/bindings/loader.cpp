@@ -92,6 +92,21 @@ py::tuple describe(const IndexedTensor& tensor) {
                         info.end - info.begin);
 }
 
+using Seconds = std::chrono::duration<double>;
+
+// Seconds of the clock of Python's time.perf_counter(), which is this one on Linux; None: unset.
+py::object seconds_of(Clock::time_point when) {
+  if (when == Clock::time_point{}) return py::none();
+  return py::float_(Seconds(when.time_since_epoch()).count());
+}
+
+py::tuple describe(const ReadTrace& read) {
+  return py::make_tuple(seconds_of(read.submitted), seconds_of(read.times.taken),
+                        seconds_of(read.times.first_byte), seconds_of(read.times.received),
+                        seconds_of(read.done), Seconds(read.checksum_time).count(), read.times.thread,
+                        read.file, read.offset, read.bytes, read.attempt, read.ok);
+}
+
 }  // namespace
 
 void register_loader(py::module_& module) {
@@ -176,24 +191,24 @@ void register_loader(py::module_& module) {
       },
       py::arg("index"), py::arg("layout"), py::arg("selection"), py::arg("limits"));
 
-  using Seconds = std::chrono::duration<double>;
   py::class_<LoadOperation>(module, "LoadOperation")
       .def(py::init([](std::shared_ptr<Transport> transport, std::shared_ptr<StoreLayout> layout,
                        std::shared_ptr<LoadPlan> plan, const std::vector<Destination>& destinations,
                        bool verify, int max_integrity_attempts, double retry_timeout,
-                       std::optional<double> timeout, std::optional<uint64_t> queued_bytes) {
+                       std::optional<double> timeout, std::optional<uint64_t> queued_bytes, bool trace) {
              LoadOptions options;
              options.verify = verify;
              options.max_integrity_attempts = max_integrity_attempts;
              options.retry_timeout = Seconds(retry_timeout);
              if (timeout) options.timeout = Seconds(*timeout);
              if (queued_bytes) options.queued_bytes = *queued_bytes;
+             options.trace = trace;
              return std::make_unique<LoadOperation>(std::move(transport), std::move(layout), std::move(plan),
                                                     destinations, options);
            }),
            py::arg("transport"), py::arg("layout"), py::arg("plan"), py::arg("destinations"), py::kw_only(),
            py::arg("verify") = true, py::arg("max_integrity_attempts") = 3, py::arg("retry_timeout") = 60.0,
-           py::arg("timeout") = py::none(), py::arg("queued_bytes") = py::none())
+           py::arg("timeout") = py::none(), py::arg("queued_bytes") = py::none(), py::arg("trace") = false)
       .def(
           "start", [](LoadOperation& self) { self.load().start(); }, py::call_guard<py::gil_scoped_release>())
       .def("throw_if_failed", [](LoadOperation& self) { self.load().throw_if_failed(); })
@@ -208,6 +223,13 @@ void register_loader(py::module_& module) {
       .def(
           "cancel", [](LoadOperation& self) { self.load().cancel(); },
           py::call_guard<py::gil_scoped_release>())
+      .def("trace",
+           [](LoadOperation& self) {
+             const std::vector<ReadTrace> trace = self.load().trace();
+             py::list list(trace.size());
+             for (size_t i = 0; i < trace.size(); ++i) list[i] = describe(trace[i]);
+             return list;
+           })
       .def("counters", [](LoadOperation& self) {
         const LoadCounters counters = self.load().counters();
         py::dict result;

@@ -19,6 +19,7 @@ PythonTransport::~PythonTransport() {
 }
 
 std::optional<Status> PythonTransport::perform(Read& read) {
+  read.times.first_byte = read.times.taken;  // the connector does not say when bytes come
   if (read.segments.size() == 1 && read.segments[0].data != nullptr && read.memory_owner != nullptr) {
     const std::span<std::byte> memory(read.segments[0].data, read.segments[0].size);
     const Status status = call_reader(read, memory, read.memory_owner);

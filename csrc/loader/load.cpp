@@ -123,6 +123,8 @@ void Load::prepare(Slot& slot, const PlannedRead& planned) {
   slot.received = slot.received_before = 0;
   slot.retry_after = {};
   slot.reissues = 0;
+  slot.submitted = Clock::now();
+  slot.times = {};
 }
 
 // What a finished attempt amounts to: the transport's status, or a checksum that does not fit.
@@ -145,6 +147,10 @@ void Load::complete(Read& read, const Status& transport_status) noexcept {
     counters_.copied_bytes += slot.copied_bytes;
     counters_.checksum_time += slot.checksum_time;
     counters_.retries += slot.reissues;
+    if (options_.trace) {
+      trace_.push_back({slot.submitted, slot.times, Clock::now(), slot.checksum_time, slot.planned->file,
+                        slot.offset, slot.length, slot.attempts, status.ok()});
+    }
     if (slot.received > slot.received_before) last_progress_ = Clock::now();
     if (!status.ok() && may_retry_locked(slot, status)) {
       ++counters_.retries;
@@ -152,6 +158,8 @@ void Load::complete(Read& read, const Status& transport_status) noexcept {
       const bool keep = status.code() == ErrorCode::kUnavailable || status.code() == ErrorCode::kTimeout;
       if (!keep) slot.received = 0;  // some of it is wrong
       slot.received_before = slot.received;
+      slot.submitted = not_before;  // it waits on purpose until then
+      slot.times = {};
       next[0] = &slot;
     } else {
       if (status.ok()) {
@@ -284,6 +292,11 @@ std::vector<uint32_t> Load::unfinished_regions() const {
     if (unfinished[i]) regions.push_back(i);
   }
   return regions;
+}
+
+std::vector<ReadTrace> Load::trace() const {
+  std::lock_guard lock(mutex_);
+  return trace_;
 }
 
 LoadCounters Load::counters() const {

@@ -33,6 +33,20 @@ struct LoadOptions {
   // direct readers of a file busy. One per connection is, whatever its size.
   uint64_t queued_bytes = 64 << 20;
   size_t queued_reads = 256;
+  bool trace = false;  // keep the times of every attempt, about a hundred bytes each
+};
+
+// One attempt of one read, for a timeline. Times are unset where the transport does not say.
+struct ReadTrace {
+  Clock::time_point submitted;
+  ReadTimes times;
+  Clock::time_point done;  // verified, and on the GPU where that is where it goes
+  std::chrono::nanoseconds checksum_time{0};
+  uint32_t file = 0;
+  uint64_t offset = 0;  // in the object
+  uint64_t bytes = 0;
+  int attempt = 1;
+  bool ok = false;
 };
 
 struct LoadCounters {
@@ -65,12 +79,15 @@ class Load final : private ReadOwner {
   // Regions that some read has not filled (yet), each once, in order.
   std::vector<uint32_t> unfinished_regions() const;
   LoadCounters counters() const;
+  // Attempts that have ended, in that order; empty without LoadOptions::trace.
+  std::vector<ReadTrace> trace() const;
 
  private:
   struct Slot : Read {
     const PlannedRead* planned = nullptr;
     int attempts = 0;
     int integrity_failures = 0;
+    Clock::time_point submitted;
     Clock::time_point first_failure;  // meaningful once attempts > 0
     uint64_t received_before = 0;     // Read::received when this attempt began
   };
@@ -105,6 +122,7 @@ class Load final : private ReadOwner {
   Status first_error_;
   std::string failed_object_;
   LoadCounters counters_;
+  std::vector<ReadTrace> trace_;
   Clock::time_point started_;
   Clock::time_point last_progress_;
   Clock::time_point finished_;

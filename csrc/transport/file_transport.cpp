@@ -96,6 +96,7 @@ Status FileTransport::read_file(Read& read) {
                                              " bytes, expected " + std::to_string(read.object_bytes) +
                                              ": it was changed after its header was read");
   }
+  read.times.first_byte = read.times.taken;  // a blocking read is the transfer
   SegmentCursor cursor(read);
   while (cursor.left() > 0) {
     if (read.owner->cancelled()) return Status(ErrorCode::kCancelled, "the read was cancelled");

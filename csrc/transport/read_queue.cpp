@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <functional>
 
+#include "core/thread_name.h"
+
 namespace rdmaload {
 
 bool ReadQueue::push(Read& read, Clock::time_point not_before) {
@@ -22,6 +24,12 @@ bool ReadQueue::push(Read& read, Clock::time_point not_before) {
 }
 
 Read* ReadQueue::pop_ready_locked(uint64_t max_bytes) {
+  Read* read = next_ready_locked(max_bytes);
+  if (read != nullptr) read->times = {Clock::now(), {}, {}, this_thread_number()};
+  return read;
+}
+
+Read* ReadQueue::next_ready_locked(uint64_t max_bytes) {
   if (!delayed_.empty() && delayed_.front().when <= Clock::now()) {
     if (delayed_.front().read->length > max_bytes) return nullptr;
     std::pop_heap(delayed_.begin(), delayed_.end(), std::greater<>());

@@ -37,6 +37,7 @@ class ReadQueue {
     bool operator>(const Delayed& other) const { return when > other.when; }
   };
   Read* pop_ready_locked(uint64_t max_bytes);
+  Read* next_ready_locked(uint64_t max_bytes);
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;

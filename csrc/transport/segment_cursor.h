@@ -88,7 +88,9 @@ class SegmentCursor {
   // `bytes` have arrived in the places that next() gave: checksum them, in order, and move on.
   void advance(std::span<const iovec> vectors, size_t bytes) noexcept {
     left_ -= bytes;
-    const auto begin = read_->checksum ? Clock::now() : Clock::time_point{};
+    const bool first = read_->times.first_byte == Clock::time_point{};
+    const auto begin = read_->checksum || first ? Clock::now() : Clock::time_point{};
+    if (first) read_->times.first_byte = begin;
     for (const iovec& vector : vectors) {
       const size_t size = std::min(vector.iov_len, bytes);
       if (size == 0) break;
@@ -105,6 +107,7 @@ class SegmentCursor {
   // Bytes that are in user memory already are copied to their places (and counted).
   void copy_from(std::span<const std::byte> bytes) noexcept {
     left_ -= bytes.size();
+    if (read_->times.first_byte == Clock::time_point{}) read_->times.first_byte = Clock::now();
     read_->copied_bytes += bytes.size();
     if (read_->checksum) read_->crc = crc32c(read_->crc, bytes);
     while (!bytes.empty()) {

@@ -41,7 +41,7 @@ struct StagedTransport::Slot : Read {
   std::shared_ptr<OwnerProxy> proxy;
   Status enqueue_status;
   bool checked_on_device = false;
-  StagingTrace times{};
+  StagingTrace trace{};
   StagingCounters counters;  // of this read
 };
 
@@ -160,7 +160,7 @@ StagedTransport::Slot* StagedTransport::take_slot_locked(Read& read) {
   slot->enqueue_status = Status();
   slot->checked_on_device = false;
   slot->counters = {};
-  slot->times = {Clock::now() - begin_, {}, {}, read.length};
+  slot->trace = {Clock::now() - begin_, {}, {}, read.length};
   return slot;
 }
 
@@ -231,7 +231,8 @@ std::vector<StagingTrace> StagedTransport::trace() const {
 
 // The source has ended its read, on a thread of its own.
 void StagedTransport::received(Slot& slot, const Status& status) noexcept {
-  slot.times.received = Clock::now() - begin_;
+  slot.times.received = Clock::now();
+  slot.trace.received = slot.times.received - begin_;
   if (!status.ok()) return finish(slot, status);
   if (slot.proxy->cancelled()) return finish(slot, cancelled_status());
   try {
@@ -361,7 +362,8 @@ void StagedTransport::finish(Slot& slot, Status status) noexcept {
   outer.crc = slot.crc;
   outer.copied_bytes = slot.copied_bytes;
   outer.checksum_time = slot.checksum_time;
-  slot.times.copied = Clock::now() - begin_;
+  outer.times = slot.times;
+  slot.trace.copied = Clock::now() - begin_;
   Slot* next = nullptr;
   {
     std::lock_guard lock(mutex_);
@@ -369,7 +371,7 @@ void StagedTransport::finish(Slot& slot, Status status) noexcept {
     counters_.copies += slot.counters.copies;
     counters_.scattered_pieces += slot.counters.scattered_pieces;
     if (slot.checked_on_device && status.ok()) counters_.verified_bytes += slot.length;
-    if (options_.trace && status.ok()) trace_.push_back(slot.times);
+    if (options_.trace && status.ok()) trace_.push_back(slot.trace);
     slot.proxy.reset();
     if (const auto known = proxies_.find(outer.owner); known != proxies_.end() && known->second.expired()) {
       proxies_.erase(known);

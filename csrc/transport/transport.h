@@ -32,6 +32,14 @@ struct Segment {
 
 class ReadOwner;
 
+// When what happened to one attempt of a read; unset where a transport does not say.
+struct ReadTimes {
+  Clock::time_point taken;       // a connection or worker took it from the queue (ReadQueue)
+  Clock::time_point first_byte;  // the first piece is in its place (SegmentCursor)
+  Clock::time_point received;    // all of it is in host memory, before the copy to a GPU; unset without one
+  uint32_t thread = 0;           // which took it
+};
+
 struct Read {
   // What to read. The owner keeps the Read alive and unchanged from submit() to completion.
   std::string object;
@@ -52,6 +60,7 @@ struct Read {
   uint64_t copied_bytes = 0;  // bytes a CPU moved again after they had reached user memory
   std::chrono::nanoseconds checksum_time{0};
   std::chrono::milliseconds retry_after{0};  // the server asked not to be asked again before
+  ReadTimes times;
   uint32_t reissues = 0;  // times that a stalled connection was given up within this attempt
 };
 

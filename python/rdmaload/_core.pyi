@@ -173,6 +173,10 @@ class _Counters(TypedDict):
     checksum_seconds: float
     seconds: float
 
+# Submitted, taken by a thread, first byte, received in host memory, done (seconds as of time.perf_counter(), None where
+# the transport does not say); checksum seconds; thread, file, offset, bytes, attempt, success.
+_ReadTrace = tuple[float, float | None, float | None, float | None, float, float, int, int, int, int, int, bool]
+
 class LoadOperation:
     def __init__(
         self,
@@ -186,6 +190,7 @@ class LoadOperation:
         retry_timeout: float = 60.0,
         timeout: float | None = None,
         queued_bytes: int | None = None,
+        trace: bool = False,
     ) -> None: ...
     def start(self) -> None: ...
     def wait_for(self, seconds: float) -> bool: ...
@@ -195,6 +200,7 @@ class LoadOperation:
     def failed_object(self) -> str: ...
     def unfinished_regions(self) -> list[int]: ...
     def counters(self) -> _Counters: ...
+    def trace(self) -> list[_ReadTrace]: ...
 
 class _ServerCounters(TypedDict):
     connections_accepted: int

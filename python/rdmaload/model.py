@@ -40,6 +40,7 @@ from rdmaload.report import ProgressCallback, Report
 from rdmaload.selection import Patterns, RankTensors, as_patterns, is_selected, placed_tensors, plans_of, tensors_of
 from rdmaload.stats import LoadStats
 from rdmaload.tensors import TensorSpec, check_dtype, converted_bytes
+from rdmaload.timeline import Timeline
 from rdmaload.weights import has_weight_suffix
 
 if TYPE_CHECKING:
@@ -175,6 +176,13 @@ class Model:
             spec = named[name]
             named[alias] = TensorSpec(alias, spec.dtype, spec.shape, spec.file, spec.nbytes)
         return MappingProxyType(named)
+
+    def record(self) -> Timeline:
+        """From now on keep when each read was asked for, arrived and ended, about 300 bytes each, for pictures."""
+        self._check_open()
+        timeline = Timeline(self.url, time.perf_counter())
+        self._reader.timeline = timeline
+        return timeline
 
     def load(
         self,

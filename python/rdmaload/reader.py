@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from rdmaload.devices import DeviceRoad
+    from rdmaload.timeline import Timeline
 
 __all__ = ["Batch", "StoreReader", "Tick"]
 
@@ -92,6 +93,9 @@ class StoreReader:
         self.read_bytes = self._longest_read(index)
         """No read is longer than this."""
         self._layout = _core.StoreLayout(files, index.chunk_bytes or 0, chunked, index.crcs)
+        self.timeline: Timeline | None = None
+        """Gets the times of every read, where there is one."""
+        self._paths = [file.path for file in index.files]
         self._logged_fallback: str | None = None
         self._lock = threading.Lock()
         self._transport: _core.Transport | None = None  # guarded by _lock
@@ -210,6 +214,7 @@ class StoreReader:
             retry_timeout=options.retry_timeout,
             timeout=timeout,
             queued_bytes=None if road is None else road.queued_bytes,
+            trace=self.timeline is not None,
         )
         with self._lock:
             if self._closed:
@@ -319,6 +324,9 @@ class StoreReader:
     def _count(self, batch: Batch, stats: LoadStats) -> None:
         counters = batch.operation.counters()
         transport = self._transport
+        if self.timeline is not None:
+            self.timeline.add(batch.operation.trace(), self._paths)
+            self.timeline.path = "" if transport is None else transport.path
         if transport is not None:
             # The source's part is known only now: files are read in ways that are chosen as they are opened.
             stats.path = transport.path + ("+staged-gpu" if batch.is_staged else "")

@@ -153,6 +153,7 @@ def _register_load(commands: Commands) -> None:
             "rdmaload load redis://10.0.0.5/llama --against /models/llama",
             "rdmaload load redis://10.0.0.5/llama --include '*.layers.0.*' --json",
             "rdmaload load redis://10.0.0.5/big --rank 3 -o connections=4",
+            "rdmaload load redis://10.0.0.5/llama --timeline load.html",
         ],
     )
     add_url(load)
@@ -162,6 +163,11 @@ def _register_load(commands: Commands) -> None:
         "--against",
         metavar="DIR",
         help="compare names, dtypes, shapes and every byte with the safetensors files in DIR",
+    )
+    load.add_argument(
+        "--timeline",
+        metavar="FILE",
+        help="draw what each connection did when: .html (one file), .png (needs matplotlib) or .json",
     )
 
 
@@ -174,7 +180,10 @@ def _load(args: argparse.Namespace) -> int:
     import_torch()
     stats = LoadStats()
     compared: int | None = None
+    if args.timeline is not None and not args.timeline.lower().endswith((".html", ".png", ".json")):
+        raise UsageError("--timeline takes a file that ends in .html, .png or .json")
     with rdmaload.open(args.url, **options_of(args)) as model:  # type: ignore[arg-type]
+        timeline = None if args.timeline is None else model.record()
         with progress_bar(args, "load") as progress:
             tensors = model.load(
                 rank=args.rank,
@@ -199,6 +208,10 @@ def _load(args: argparse.Namespace) -> int:
                 )
     lines = [f"loaded {count_text(len(tensors), 'tensor')} from {shown}", *_stats_lines(stats)]
     document: dict[str, object] = {"url": shown, "tensors": len(tensors), **stats.to_json()}
+    if timeline is not None:
+        timeline.write(args.timeline)
+        lines += [f"  timeline   {args.timeline}", *(f"    {line}" for line in timeline.summary())]
+        document["timeline"] = {"file": args.timeline, "summary": timeline.summary()}
     if compared is not None:
         lines.append(f"  compared   {size_text(compared)}: equal to the files in {args.against}")
         document["compared_bytes"] = compared

@@ -600,6 +600,37 @@ TEST_CASE("unfinished regions are those that some read has not filled, each once
   CHECK(fixture.holds_everything());
 }
 
+TEST_CASE("a trace has every attempt in order, with its times, and nothing is kept unasked") {
+  for (const bool trace : {false, true}) {
+    Fixture fixture(2);
+    const auto transport = std::make_shared<ManualTransport>();
+    LoadOptions options;
+    options.trace = trace;
+    fixture.make(transport, options);
+    fixture.load->start();
+    Read* first = transport->take();
+    Read* second = transport->take();
+    first->times.thread = 7;
+    finish(first, Status(ErrorCode::kUnavailable, "gone"));
+    fixture.serve(second);
+    fixture.serve(transport->take());
+    REQUIRE(fixture.load->wait(soon()));
+    const std::vector<ReadTrace> events = fixture.load->trace();
+    if (!trace) {
+      CHECK(events.empty());
+      continue;
+    }
+    REQUIRE(events.size() == 3);
+    CHECK((!events[0].ok && events[1].ok && events[2].ok));
+    CHECK((events[0].attempt == 1 && events[1].attempt == 1 && events[2].attempt == 2));
+    CHECK(events[0].times.thread == 7);
+    CHECK(events[2].times.thread == 0);  // of its own attempt
+    CHECK(events[2].bytes == kChunk);
+    CHECK(events[2].submitted > events[0].done);  // it was tried again later
+    for (const ReadTrace& event : events) CHECK(event.submitted <= event.done);
+  }
+}
+
 TEST_CASE("cancel ends what is queued at once and waits for what is in flight") {
   Fixture fixture(20);
   const auto transport = std::make_shared<ManualTransport>();
