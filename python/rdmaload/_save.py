@@ -121,6 +121,8 @@ def save(
             raise NotSupportedError(
                 f"{connector.url} keeps files: layout='sglang' is for Redis and Valkey", url=connector.url
             )
+        if isinstance(connector, FileConnector) and connector.read_only:
+            raise NotSupportedError(f"{connector.url}: {connector.read_only}", url=connector.url)
         model = _source_model(source, rank, world_size, layout)
         try:
             model.check_weights()

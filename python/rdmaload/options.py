@@ -8,6 +8,7 @@ refused before anything is opened. Nothing here is global, and the environment i
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 import re
@@ -114,6 +115,33 @@ def _text(value: object) -> str:
     return value
 
 
+_HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x20-\x7e\x80-\xff]*)")
+
+
+def _headers(value: object) -> str:
+    """Request headers as lines; a mapping is taken as well."""
+    if isinstance(value, Mapping):
+        value = "\n".join(f"{name}: {text}" for name, text in value.items())
+    if not isinstance(value, str) or not value:
+        raise _Wrong('lines of the form "Name: value", or a mapping')
+    lines = [line for line in value.split("\n") if line]
+    if not lines or not all(_HEADER.fullmatch(line) for line in lines):
+        raise _Wrong('lines of the form "Name: value", or a mapping')
+    return "\n".join(lines)
+
+
+def _json_object(value: object) -> str:
+    """A JSON object as text; a mapping is taken as well."""
+    wrong = _Wrong("a JSON object, or a mapping of what JSON can hold")
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else None
+        if not isinstance(parsed, dict):
+            raise wrong
+        return json.dumps(parsed)
+    except (ValueError, TypeError):
+        raise wrong from None
+
+
 def _hex(digits: int) -> Callable[[object], str]:
     def convert(value: object) -> str:
         if not isinstance(value, str) or not re.fullmatch(f"[0-9a-f]{{{digits}}}", value):
@@ -205,6 +233,14 @@ class Options:
     """Whether a bucket's name is part of the path or of the host; "auto" is what boto3 chooses."""
     stall_timeout: float = _option(_seconds, 2.0)
     """Seconds without a byte after which the rest of a range is asked for on another http connection."""
+    headers: str | None = _option(_headers, None, secret=True)
+    """Headers of every request to an http server, one "Name: value" per line (a mapping in Python)."""
+    listing: str | None = _option(_text, None)
+    """File beside the model, or url, that lists the model's files on an http server; None = what the server lists."""
+    revision: str | None = _option(_text, None)
+    """Branch, tag or commit of an hf:// model; None = main."""
+    storage_options: str | None = _option(_json_object, None, secret=True)
+    """JSON object (a mapping in Python) of what obstore, for gs:// and az://, or fsspec takes beside the url."""
     verify_tls: bool = _option(_flag, True)
     """True verifies the certificate of a TLS server; False accepts any, and is logged."""
 

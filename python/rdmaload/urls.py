@@ -22,7 +22,9 @@ SECRET_TEXT = "***"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
-_SECRET_NAME = re.compile(r"pass|secret|token|credential|signature|(^|[_-])(key|sig|auth)($|[_-])", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"pass|secret|token|credential|signature|^headers$|^storage_options$|(^|[_-])(key|sig|auth)($|[_-])", re.IGNORECASE
+)
 _NAMES_OF_SECRETS = ("password_file", "password_env", "client_key_file")
 
 _DEFAULT_PORTS = {"redis": 6379, "rediss": 6379, "valkey": 6379, "valkeys": 6379, "rdma": 6379}
@@ -122,6 +124,8 @@ def parse_url(url: str | PathLike[str] | Url, *, require_model: bool = True) -> 
     query = {} if scheme in _OPTIONLESS_SCHEMES else _parse_query(text, query_text)
     if scheme == "file":
         return _file_url(text, authority, slash + path_text, query)
+    if scheme == "hf":
+        return _hf_url(text, matched.group(0).lower(), head, query_text, query)
 
     userinfo, at, address = authority.rpartition("@")
     user_text, colon, password_text = userinfo.partition(":")
@@ -169,6 +173,21 @@ def _file_url(text: str, authority: str, path_text: str, query: dict[str, str]) 
     if not path:
         _refuse(text, "names no directory; write file:///path")
     return Url(scheme="file", redacted=redact(text), text=text, path=path, query=query)
+
+
+def _hf_url(text: str, start: str, head: str, query_text: str, query: dict[str, str]) -> Url:
+    """A repository has neither host nor user: what follows "@" is a revision, slashes included."""
+    repository, at, revision = (_decode(text, part) for part in head.partition("@"))
+    shown = start + head + ("?" + _redact_query(query_text, everything=False) if query_text else "")
+    segments = repository.removesuffix("/").split("/")
+    if not segments[0] or any(part in ("", ".", "..") for part in segments):
+        raise UrlError(f"{shown} names no model; write hf://ORGANISATION/MODEL or hf://ORGANISATION/MODEL@REVISION")
+    if at:
+        if not revision:
+            raise UrlError(f'{shown} has no revision after the "@"', url=shown)
+        if query.setdefault("revision", revision) != revision:
+            raise UrlError(f"{shown} names two revisions; keep one", url=shown)
+    return Url(scheme="hf", redacted=shown, text=text, model="/".join(segments), query=query)
 
 
 def _parse_address(scheme: str, text: str, address: str) -> tuple[str | None, int | None]:

@@ -67,8 +67,8 @@ def test_a_transport_that_is_missing_is_named(url: str, missing: str) -> None:
 
 
 def test_an_unknown_scheme_lists_the_known() -> None:
-    with pytest.raises(NotSupportedError, match="no connector for ftp:// urls; there are file, memory, rdma, "):
-        connector_for("ftp://host/m")
+    with pytest.raises(NotSupportedError, match="no connector for gopher:// urls; there are file, hf, http"):
+        connector_for("gopher://host/m")
 
 
 def test_a_registered_class_goes_first_and_gets_its_own_options() -> None:

@@ -269,6 +269,8 @@ class FileConnector(Connector):
     """Whether a manifest and an index may lie beside the files; `read_small` reads them."""
     pins_versions: ClassVar[bool] = False
     """Whether a read of a file that was replaced after `pin` fails, so that nobody need look again."""
+    read_only: ClassVar[str] = ""
+    """Why nothing can be saved, and what to do instead; empty where it can."""
 
     def pin(self, etags: Mapping[str, str]) -> None:
         """From now on read these versions of files (ETag by path) or fail with IntegrityError."""

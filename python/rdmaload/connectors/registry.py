@@ -25,6 +25,9 @@ ENTRY_POINT_GROUP = "rdmaload.connectors"
 _REDIS = "rdmaload.connectors.redis:RedisConnector"
 _BUILT_IN = {
     "file": "rdmaload.connectors.local:LocalConnector",
+    "hf": "rdmaload.connectors.hf:HfConnector",
+    "http": "rdmaload.connectors.http:HttpConnector",
+    "https": "rdmaload.connectors.http:HttpConnector",
     "memory": "rdmaload.connectors.memory:MemoryConnector",
     "redis": _REDIS,
     "rediss": _REDIS,
@@ -75,15 +78,40 @@ def connector_class(scheme: str) -> type[Connector]:
             raise NotSupportedError(
                 f"the plug-in {plugins[scheme].value} for {scheme}:// cannot be imported: {err}"
             ) from err
+    elif (generic := _fsspec_class(scheme)) is not None:
+        return generic
     else:
         known = sorted({*_registered, *_BUILT_IN, *plugins})
         raise NotSupportedError(
             f"no connector for {scheme}:// urls; there are {', '.join(known)}. A plug-in adds "
-            f"one by the entry-point group {ENTRY_POINT_GROUP} or register_connector()"
+            f"one by the entry-point group {ENTRY_POINT_GROUP} or register_connector(), and pip install "
+            "'rdmaload[fsspec]' brings those of fsspec"
         )
     if not (isinstance(found, type) and issubclass(found, Connector)):
         raise NotSupportedError(f"the plug-in for {scheme}:// urls gives {found!r}, which is no Connector")
     return found
+
+
+def _fsspec_class(scheme: str) -> type[Connector] | None:
+    """The class for what fsspec knows, or is asked for by name (`fsspec+sftp://`)."""
+    asked = scheme.startswith("fsspec+")
+    try:
+        from fsspec.registry import get_filesystem_class, known_implementations
+    except ImportError as err:
+        if asked:
+            raise NotSupportedError(f"{scheme}:// needs fsspec: pip install 'rdmaload[fsspec]'") from err
+        return None
+    protocol = scheme.removeprefix("fsspec+")
+    try:
+        get_filesystem_class(protocol)
+    except ValueError:
+        return None
+    except ImportError as err:
+        wanted = known_implementations.get(protocol, {}).get("err") or str(err)
+        raise NotSupportedError(f"{scheme}:// goes through fsspec, which lacks something: {wanted}") from err
+    from rdmaload.connectors.fsspec import FsspecConnector
+
+    return FsspecConnector
 
 
 def connector_for(url: str | PathLike[str] | Url, options: Options | None = None, **keywords: object) -> Connector:

@@ -13,11 +13,12 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from rdmaload._core import crc32c
 from rdmaload.connectors.connector import FileInfo
 from rdmaload.connectors.objects import ObjectConnector
+from rdmaload.connectors.proxies import split_proxy
 from rdmaload.connectors.tls import check_tls_options, native_context
 from rdmaload.errors import (
     AuthenticationError,
@@ -208,7 +209,7 @@ class S3Connector(ObjectConnector):
             url = client.generate_presigned_url(
                 "get_object", Params={"Bucket": self._bucket, "Key": self._key(path)}, ExpiresIn=_URL_SECONDS
             )
-        proxy, authorization = _split_proxy(self._proxies.get(urlsplit(url).scheme, ""))
+        proxy, authorization = split_proxy(self._proxies.get(urlsplit(url).scheme, ""))
         seconds = None if self.options.unsigned else float(_URL_SECONDS - _URL_MARGIN_SECONDS)
         return url, [], self._etags.get(path, ""), proxy, authorization, seconds
 
@@ -445,13 +446,3 @@ def _is_hidden(path: str) -> bool:
 
 def _with_ca(options: Options, ca_file: str) -> Options:
     return replace(options, ca_file=ca_file)
-
-
-def _split_proxy(proxy: str) -> tuple[str, str]:
-    """A proxy's url without its user, and the header that says who we are."""
-    if not proxy:
-        return "", ""
-    parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    user, at, place = parts.netloc.rpartition("@")
-    authorization = f"Basic {base64.b64encode(unquote(user).encode()).decode()}" if at else ""
-    return urlunsplit((parts.scheme, place, "", "", "")), authorization

@@ -1,0 +1,313 @@
+"""Small HTTP requests from Python: listings, headers of files, what a server says of a file.
+
+Weights go through the native transport. This client shares its rules: retries with backoff for what passes, redirects
+that carry credentials to no other server, TLS and proxies as the options and the environment say. Thread-safe.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urljoin, urlsplit, urlunsplit
+
+from rdmaload.connectors.proxies import Proxies
+from rdmaload.connectors.tls import failure_passes, meaning_of_failure, python_context
+from rdmaload.errors import (
+    AuthenticationError,
+    FormatError,
+    IntegrityError,
+    LoadTimeoutError,
+    NotFoundError,
+    NotSupportedError,
+    RdmaloadError,
+    UnavailableError,
+    UrlError,
+)
+from rdmaload.options import Options
+
+if TYPE_CHECKING:
+    from urllib3 import BaseHTTPResponse
+    from urllib3.connectionpool import HTTPSConnectionPool
+    from urllib3.poolmanager import PoolManager
+
+__all__ = ["Headers", "HttpClient", "Response", "shown_url"]
+
+Headers = tuple[tuple[str, str], ...]
+_Result = TypeVar("_Result")
+
+_REDIRECTS = (301, 302, 303, 307, 308)
+_MAX_REDIRECTS = 5
+_FIRST_PAUSE_SECONDS = 0.1
+_LONGEST_PAUSE_SECONDS = 5.0
+_LONGEST_RETRY_AFTER_SECONDS = 30.0  # as the native transport
+
+
+class Response:
+    """A response whose body was not read yet. A context manager: the connection goes back, or is closed."""
+
+    def __init__(self, raw: BaseHTTPResponse, url: str) -> None:
+        self._raw = raw
+        self.url = url
+        """Where it came from, redirects followed; may hold a secret."""
+        self.status = raw.status
+
+    def __enter__(self) -> Response:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # What was not read would have to be read before the next answer.
+        self._raw.close()
+        self._raw.release_conn()
+
+    def header(self, name: str) -> str:
+        """A header's text, "" without one."""
+        return str(self._raw.headers.get(name, ""))
+
+    @property
+    def length(self) -> int | None:
+        """The announced size of the body in bytes."""
+        text = self.header("content-length")
+        return int(text) if text.isascii() and text.isdecimal() else None
+
+    def read(self, limit: int) -> bytes:
+        """The body. Raises FormatError when it has more than `limit` bytes."""
+        data = bytearray()
+        while len(data) <= limit:
+            block = self._raw.read(min(1 << 20, limit + 1 - len(data)))
+            if not block:
+                return bytes(data)
+            data += block
+        raise FormatError(f"{shown_url(self.url)} has more than {limit} bytes")
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Some of the body; 0 at its end."""
+        block: bytes = self._raw.read(len(buffer))
+        buffer[: len(block)] = block
+        return len(block)
+
+
+class _Refused(Exception):
+    """Retry after so many seconds."""
+
+    def __init__(self, error: RdmaloadError, after: float) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.after = after
+
+
+class HttpClient:
+    """Connections to the servers of one connector; `url` is what messages show."""
+
+    def __init__(self, options: Options, *, url: str, connections: int) -> None:
+        self._options = options
+        self._url = url
+        self._connections = connections
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._pools: dict[tuple[str, str], PoolManager] = {}  # Guarded by _lock; by proxy.
+        self._has_answered = False
+        self.proxies = Proxies()
+
+    def close(self) -> None:
+        """Give connections back and end pauses. Idempotent."""
+        self._closing.set()
+        with self._lock:
+            pools, self._pools = self._pools, {}
+        for pool in pools.values():
+            pool.clear()
+
+    def tried(self, work: Callable[[], _Result]) -> _Result:
+        """`work`, again while the server is away or says that it is busy, for `retry_timeout` at most."""
+        begin = time.monotonic()
+        for attempt in itertools.count():
+            try:
+                return work()
+            except _Refused as refused:
+                error, pause = refused.error, refused.after
+            except (UnavailableError, LoadTimeoutError) as err:
+                error, pause = err, 0.0
+            pause = max(pause, min(_FIRST_PAUSE_SECONDS * 2**attempt, _LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1))
+            # A wrong address need not be asked for a minute.
+            limit = self._options.retry_timeout
+            limit = limit if self._has_answered else min(limit, self._options.connect_timeout)
+            if time.monotonic() + pause - begin > limit or self._closing.wait(pause):
+                raise error from error.__cause__
+        raise AssertionError("unreachable")
+
+    def request(
+        self, method: str, url: str, headers: Headers, *, more: Iterable[tuple[str, str]] = (), key: str | None = None
+    ) -> Response:
+        """One request, redirects followed; every status but 5xx and 429 is the caller's to judge.
+
+        `headers` are for the server of `url` alone, `more` for every one. To be called from within `tried`.
+        """
+        begun = urlsplit(url)
+        for _ in range(_MAX_REDIRECTS + 1):
+            now = urlsplit(url)
+            same = (now.scheme, now.netloc) == (begun.scheme, begun.netloc)
+            sent = {"User-Agent": "rdmaload", "Accept-Encoding": "identity", **dict(more)}
+            sent |= dict(headers) if same else {}
+            response = self._send(method, url, sent, key)
+            self._has_answered = True
+            location = response.header("location")
+            if response.status in _REDIRECTS and location:
+                with response:
+                    url = urljoin(url, location)
+                if begun.scheme == "https" and urlsplit(url).scheme != "https":
+                    raise NotSupportedError(
+                        f"{self._place(key)}: the server redirects from https to {shown_url(url)}, which anyone on the "
+                        "way could change",
+                        url=self._url,
+                        key=key,
+                    )
+                continue
+            if (response.status >= 500 and response.status not in (501, 505)) or response.status in (408, 429):
+                with response:
+                    raise _Refused(self.meaning(response, key), _retry_after(response))
+            return response
+        raise UnavailableError(
+            f"{self._place(key)}: more than {_MAX_REDIRECTS} redirects, the last to {shown_url(url)}",
+            url=self._url,
+            key=key,
+        )
+
+    def meaning(self, response: Response, key: str | None = None) -> RdmaloadError:
+        """The error that a status is."""
+        status = response.status
+        kind: type[RdmaloadError] = RdmaloadError
+        hint = ""
+        if status in (401, 403, 407):
+            kind, hint = AuthenticationError, _WHO
+        elif status in (404, 410):
+            kind, hint = NotFoundError, "Check the url"
+        elif status == 412:
+            kind, hint = IntegrityError, "It was replaced after the model was opened: open it again"
+        elif status in (405, 501, 505):
+            kind = NotSupportedError
+        elif status >= 500 or status in (408, 429):
+            kind = UnavailableError
+        elif status in _REDIRECTS:
+            kind = UrlError
+        text = f"{self._place(key)}: {shown_url(response.url)} answered {status}"
+        return kind(f"{text}. {hint}" if hint else text, url=self._url, key=key)
+
+    def _place(self, key: str | None) -> str:
+        return f"{key} in {self._url}" if key else self._url
+
+    def _send(self, method: str, url: str, headers: dict[str, str], key: str | None) -> Response:
+        from urllib3 import Timeout, exceptions
+
+        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+            raise UrlError(f"{self._place(key)}: {shown_url(url)} is no http url", url=self._url, key=key)
+        pool = self._pool(url)
+        timeout = Timeout(connect=self._options.connect_timeout, read=self._options.inactivity_timeout)
+        try:
+            raw = pool.urlopen(
+                method, url, headers=headers, redirect=False, retries=False, preload_content=False, timeout=timeout
+            )
+        except (exceptions.HTTPError, OSError) as err:
+            raise self.translated(err, key) from err
+        return Response(raw, url)
+
+    def translated(self, err: Exception, key: str | None) -> RdmaloadError:
+        """Our error for one of urllib3's or of a socket."""
+        import ssl
+
+        from urllib3 import exceptions
+
+        cause: BaseException | None = err
+        while cause is not None and not isinstance(cause, ssl.SSLError):
+            reason = getattr(cause, "reason", None)
+            cause = reason if isinstance(reason, BaseException) else (cause.__cause__ or _first_error(cause))
+        kind: type[RdmaloadError] = UnavailableError
+        hint = ""
+        if isinstance(cause, ssl.SSLError) and not failure_passes(cause):
+            kind, hint = meaning_of_failure(cause)
+        elif isinstance(err, (exceptions.TimeoutError, TimeoutError)) and not isinstance(
+            err, exceptions.NewConnectionError
+        ):
+            kind = LoadTimeoutError
+        elif isinstance(err, (exceptions.LocationValueError, UnicodeError)):
+            kind = UrlError
+        # Their text shows the url with its query.
+        what = "no byte came in time" if kind is LoadTimeoutError else _without_urls(err)
+        text = f"cannot reach {self._place(key)}: {what}"
+        return kind(f"{text}. {hint[0].upper()}{hint[1:]}" if hint else text, url=self._url, key=key)
+
+    def _pool(self, url: str) -> PoolManager:
+        import urllib3
+
+        proxy = self.proxies.of(url)
+        with self._lock:
+            if self._closing.is_set():
+                raise UnavailableError(f"the connector for {self._url} is closed: open another", url=self._url)
+            pool = self._pools.get(proxy)
+            if pool is None:
+                context = python_context(self._options, url=self._url)
+                name: dict[str, Any] = (
+                    {"server_hostname": self._options.server_name} if self._options.server_name else {}
+                )
+                address, authorization = proxy
+                if address:
+                    sent = {"Proxy-Authorization": authorization} if authorization else {}
+                    pool = urllib3.ProxyManager(
+                        address, proxy_headers=sent, maxsize=self._connections, ssl_context=context, **name
+                    )
+                else:
+                    pool = urllib3.PoolManager(maxsize=self._connections, ssl_context=context, **name)
+                if not self._options.verify_tls:
+                    pool.pool_classes_by_scheme = {**pool.pool_classes_by_scheme, "https": _unwarned_pool()}
+                self._pools[proxy] = pool
+            return pool
+
+
+def _unwarned_pool() -> type[HTTPSConnectionPool]:
+    """Connections that were not verified as the option says, which was logged: no warning with each request."""
+    from urllib3.connection import HTTPSConnection
+    from urllib3.connectionpool import HTTPSConnectionPool
+
+    class Connection(HTTPSConnection):
+        def connect(self) -> None:
+            super().connect()
+            self.is_verified = True  # decides about the warning, and nothing else
+
+    class Pool(HTTPSConnectionPool):
+        ConnectionCls = Connection
+
+    return Pool
+
+
+_WHO = (
+    "Give credentials: password_env=NAME of a variable that holds a token (with username=, a password), or headers=; "
+    "or see what they may read"
+)
+
+
+def shown_url(url: str) -> str:
+    """A url without user and query, which may be secrets."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _retry_after(response: Response) -> float:
+    text = response.header("retry-after")
+    return min(float(text), _LONGEST_RETRY_AFTER_SECONDS) if text.isascii() and text.isdecimal() else 0.0
+
+
+def _first_error(err: BaseException) -> BaseException | None:
+    return next((part for part in err.args if isinstance(part, BaseException)), None)
+
+
+def _without_urls(err: BaseException) -> str:
+    """The system's own words where there are some: what a library says around them shows objects and urls."""
+    inner: BaseException | None = err
+    words = type(err).__name__
+    while inner is not None:
+        if isinstance(inner, OSError) and (inner.strerror or inner.args):
+            words = str(inner.strerror or inner.args[0])
+        inner = inner.__cause__ or inner.__context__ or _first_error(inner)
+    return words

@@ -1,0 +1,35 @@
+"""Proxies of the environment: which one a url goes through, in the form that transports take."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.request import getproxies, proxy_bypass
+
+__all__ = ["Proxies", "split_proxy"]
+
+
+class Proxies:
+    """HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY as they are now; the environment is read once."""
+
+    def __init__(self) -> None:
+        self._by_scheme: Mapping[str, str] = getproxies()
+
+    def of(self, url: str) -> tuple[str, str]:
+        """The proxy for `url` without its user, and the header that says who we are; ("", "") without one."""
+        parts = urlsplit(url)
+        proxy = self._by_scheme.get(parts.scheme) or self._by_scheme.get("all", "")
+        if not proxy or proxy_bypass(parts.hostname or "", self._by_scheme):
+            return "", ""
+        return split_proxy(proxy)
+
+
+def split_proxy(proxy: str) -> tuple[str, str]:
+    """A proxy's url without its user, and the header that says who we are."""
+    if not proxy:
+        return "", ""
+    parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    user, at, place = parts.netloc.rpartition("@")
+    authorization = f"Basic {base64.b64encode(unquote(user).encode()).decode()}" if at else ""
+    return urlunsplit((parts.scheme, place, "", "", "")), authorization
