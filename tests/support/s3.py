@@ -17,7 +17,7 @@ from urllib.request import Request as UrlRequest
 from urllib.request import urlopen
 from xml.sax.saxutils import escape
 
-__all__ = ["Answer", "HttpObjects", "Reply", "Request", "moto_s3", "s3_url"]
+__all__ = ["Answer", "HttpObjects", "Reply", "Request", "etag_of", "honest_reply", "moto_s3", "s3_url"]
 
 
 def s3_url(endpoint: str, bucket: str, prefix: str = "", **options: object) -> str:
@@ -132,22 +132,7 @@ class HttpObjects:
         """What a store without faults answers."""
         if request.method in ("GET", "HEAD") and "list-type" in request.query:
             return self._listing(request)
-        content = self.objects.get(request.path)
-        if request.method not in ("GET", "HEAD") or content is None:
-            code = b"NoSuchKey" if content is None else b"MethodNotAllowed"
-            return Reply(404 if content is None else 405, {}, b"<Error><Code>%b</Code></Error>" % code)
-        etag = etag_of(content)
-        headers = {"ETag": etag, "Accept-Ranges": "bytes"}
-        if request.headers.get("if-match", etag) != etag:
-            return Reply(412, {}, b"<Error><Code>PreconditionFailed</Code></Error>")
-        if request.range is None:
-            return Reply(200, headers, content)
-        first, last = request.range
-        if first >= len(content):
-            return Reply(416, {"Content-Range": f"bytes */{len(content)}"}, b"<Error><Code>InvalidRange</Code></Error>")
-        last = min(last, len(content) - 1)
-        headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-        return Reply(206, headers, content[first : last + 1])
+        return honest_reply(request, self.objects.get(request.path))
 
     def _listing(self, request: Request) -> Reply:
         bucket, prefix = request.path.rstrip("/"), request.query.get("prefix", "")
@@ -244,6 +229,25 @@ class HttpObjects:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def honest_reply(request: Request, content: bytes | None) -> Reply:
+    """What a store without faults answers about an object; None when there is none."""
+    if request.method not in ("GET", "HEAD") or content is None:
+        code = b"NoSuchKey" if content is None else b"MethodNotAllowed"
+        return Reply(404 if content is None else 405, {}, b"<Error><Code>%b</Code></Error>" % code)
+    etag = etag_of(content)
+    headers = {"ETag": etag, "Accept-Ranges": "bytes"}
+    if request.headers.get("if-match", etag) != etag:
+        return Reply(412, {}, b"<Error><Code>PreconditionFailed</Code></Error>")
+    if request.range is None:
+        return Reply(200, headers, content)
+    first, last = request.range
+    if first >= len(content):
+        return Reply(416, {"Content-Range": f"bytes */{len(content)}"}, b"<Error><Code>InvalidRange</Code></Error>")
+    last = min(last, len(content) - 1)
+    headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+    return Reply(206, headers, content[first : last + 1])
 
 
 def etag_of(content: bytes) -> str:
