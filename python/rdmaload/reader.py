@@ -331,7 +331,7 @@ class StoreReader:
             # The source's part is known only now: files are read in ways that are chosen as they are opened.
             stats.path = transport.path + ("+staged-gpu" if batch.is_staged else "")
             stats.connections = transport.connections
-            self._note_fallback(transport.fallback_reason, stats)
+            self._note_fallback(transport.fallback_reason or self._connector.fallback_reason, stats)
         stats.generation = self._generation
         stats.retries += counters["retries"]
         stats.verified_bytes += counters["verified_bytes"]

@@ -67,7 +67,7 @@ def test_a_transport_that_is_missing_is_named(url: str, missing: str) -> None:
 
 
 def test_an_unknown_scheme_lists_the_known() -> None:
-    with pytest.raises(NotSupportedError, match="no connector for gopher:// urls; there are file, hf, http"):
+    with pytest.raises(NotSupportedError, match="no connector for gopher:// urls; there are az, file, gs, hf, http"):
         connector_for("gopher://host/m")
 
 

@@ -73,6 +73,7 @@ class Request:
     """Names in lower case."""
     number: int
     """Counts from 0 over all connections."""
+    body: bytes = b""
 
     @property
     def path(self) -> str:
@@ -199,9 +200,9 @@ class HttpObjects:
         while (line := stream.readline().strip()) != b"":
             name, _, value = line.decode("latin-1").partition(":")
             headers[name.lower()] = value.strip()
-        stream.read(int(headers.get("content-length", 0)))
+        body = stream.read(int(headers.get("content-length", 0)))
         with self._mutex:
-            request = Request(method, target, headers, len(self.requests))
+            request = Request(method, target, headers, len(self.requests), body)
             self.requests.append(request)
         return request
 

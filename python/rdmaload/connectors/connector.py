@@ -50,6 +50,9 @@ class Connector(ABC):  # noqa: B024  (its two subclasses have the abstract metho
     default_options: ClassVar[Mapping[str, object]] = MappingProxyType({})
     """Options whose default suits this kind of store better than the general one; `connector_for` applies them."""
 
+    fallback_reason: str = ""
+    """Why weights come by a slower way than they could; empty where they do not."""
+
     def __init__(self, url: Url, options: Options | None = None) -> None:
         self.location = url
         # Again where the caller did it already: a password in the url must not be lost.

@@ -24,7 +24,9 @@ ENTRY_POINT_GROUP = "rdmaload.connectors"
 
 _REDIS = "rdmaload.connectors.redis:RedisConnector"
 _BUILT_IN = {
+    "az": "rdmaload.connectors.cloud:AzureConnector",
     "file": "rdmaload.connectors.local:LocalConnector",
+    "gs": "rdmaload.connectors.cloud:GcsConnector",
     "hf": "rdmaload.connectors.hf:HfConnector",
     "http": "rdmaload.connectors.http:HttpConnector",
     "https": "rdmaload.connectors.http:HttpConnector",
