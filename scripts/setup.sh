@@ -67,6 +67,14 @@ if [ -n "${want_valkey:-}" ] && ! command -v valkey-server >/dev/null && [ ! -e 
   }
 fi
 
+# The same for a real web server.
+if [ -n "${want_nginx:-}" ] && ! [ -x /usr/sbin/nginx ] && ! command -v nginx >/dev/null && [ ! -e .venv/no-nginx ]; then
+  install_packages nginx-light || {
+    echo "nginx-light cannot be installed here: the tests against it will be skipped" >&2
+    touch .venv/no-nginx
+  }
+fi
+
 # Editable: the Python files are used in place; the extension is built again only when what it is made of has changed.
 made_of=$(find pyproject.toml CMakeLists.txt csrc -type f -print0 | sort -z | xargs -0 sha256sum | sha256sum)
 if [ "$(cat .venv/made-of 2>/dev/null)" != "$made_of" ]; then

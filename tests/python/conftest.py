@@ -59,8 +59,10 @@ def _missing(hardware: str) -> str | None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     required = _required()
-    if unknown := required - {"cuda", "rdma", "valkey"}:
-        raise pytest.UsageError(f"RDMALOAD_REQUIRE: {', '.join(sorted(unknown))} is neither cuda nor rdma nor valkey")
+    if unknown := required - {"cuda", "rdma", "valkey", "nginx", "rclone"}:
+        raise pytest.UsageError(
+            f"RDMALOAD_REQUIRE: {', '.join(sorted(unknown))} is none of cuda, rdma, valkey, nginx, rclone"
+        )
     for hardware in ("cuda", "rdma"):
         if item.get_closest_marker(f"needs_{hardware}") is None:
             continue

@@ -48,12 +48,15 @@ _ENVIRONMENT = (
     "The variable that -o password_env=NAME (or the url's query) names holds the password. COLUMNS is the width of "
     "this text. rdmaload itself reads nothing else, but what it uses does: for TLS without ca_file and ca_dir OpenSSL "
     "takes authorities from SSL_CERT_FILE and SSL_CERT_DIR, and for s3:// boto3 reads its own (AWS_ACCESS_KEY_ID, "
-    "AWS_PROFILE, AWS_CA_BUNDLE ...) and HTTP_PROXY, HTTPS_PROXY and NO_PROXY."
+    "AWS_PROFILE, AWS_CA_BUNDLE ...) and HTTP_PROXY, HTTPS_PROXY and NO_PROXY; http servers, hubs and clouds are asked "
+    "through the same proxies, hf:// by HF_ENDPOINT and HF_TOKEN, gs:// and az:// by what obstore reads (GOOGLE_..., "
+    "AZURE_...)."
 )
 
 _URL_HELP = (
     "the model: redis://[user:pass@]host[:6379]/model (rediss:// over TLS), valkey:// (valkeys://) likewise, "
-    "redis+unix:///path.sock?model=MODEL, s3://bucket/model, or a directory"
+    "redis+unix:///path.sock?model=MODEL, s3://bucket/model (gs://, az:// likewise), https://host/model, "
+    "hf://organisation/model, what fsspec knows (sftp:// ...), or a directory"
 )
 
 

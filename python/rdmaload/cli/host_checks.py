@@ -23,6 +23,10 @@ __all__ = ["host_checks"]
 
 _PACKAGES = ("torch", "safetensors", "redis")
 
+# What urls of other kinds need, by the extra that brings it.
+_OPTIONAL = {"huggingface_hub": "hf", "obstore": "gcs", "fsspec": "fsspec"}
+_NEEDED_FOR = {"huggingface_hub": "hf://", "obstore": "gs:// and az://", "fsspec": "sftp://, hdfs:// and others"}
+
 # A thread that receives takes about this much; slower checksums would be what a load waits for.
 _ENOUGH_CHECKSUM_BYTES_PER_SECOND = 5e9
 _CHECKSUM_SAMPLE_BYTES = 4 << 20
@@ -44,6 +48,8 @@ def host_checks() -> Iterator[Check]:
     )
     for package in _PACKAGES:
         yield _package(package)
+    for package, extra in _OPTIONAL.items():
+        yield _optional_package(package, extra)
     yield _processor()
     yield _processor_features()
     yield _checksums()
@@ -70,6 +76,14 @@ def _package(name: str) -> Check:
         return Check(name, "ok", importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return Check(name, "warn", "not installed", f"pip install {name}")
+
+
+def _optional_package(name: str, extra: str) -> Check:
+    """Nothing is wrong without it."""
+    try:
+        return Check(name, "ok", f"{importlib.metadata.version(name)}, for {_NEEDED_FOR[name]}")
+    except importlib.metadata.PackageNotFoundError:
+        return Check(name, "ok", f"not installed; {_NEEDED_FOR[name]} need it: pip install 'rdmaload[{extra}]'")
 
 
 def _processor() -> Check:

@@ -16,7 +16,8 @@ Saves model weights into stores and loads them back, natively and verified.
 
 A URL is a model in a store: redis://[user:pass@]host[:6379]/model (rediss://
 over TLS), valkey:// (valkeys://) likewise, redis+unix:///path.sock?model=MODEL,
-s3://bucket/model, or a directory. A password is better given by
+s3://bucket/model (gs://, az:// likewise), https://host/model,
+hf://organisation/model, or a directory. A password is better given by
 -o password_file=PATH or -o password_env=NAME than in a url, which every user of
 the machine can see among the processes."""
 
