@@ -169,7 +169,8 @@ Status HttpTransport::fetch(Read& read, SegmentCursor& cursor) {
             connect(route, options_.tls.get(), Deadline::after(options_.connect_timeout), give_up));
       }
       const ResponseHead& head = connection->request(request_text(read, cursor, *place), patience);
-      if (head.status == 206) {
+      // Some (rclone serve s3) say 200 and send the range all the same; which bytes they send, they must say.
+      if (head.status == 206 || (head.status == 200 && head.content_range)) {
         Status wrong = check_range(read, cursor, *place, head);
         if (!wrong.ok()) return wrong;
         while (cursor.left() > 0) connection->receive(cursor, patience);

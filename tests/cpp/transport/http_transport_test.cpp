@@ -130,6 +130,12 @@ TEST_CASE("answers that are not the range that was asked for are refused") {
   CHECK(status([](const Fixture& fixture, const HttpRequest&) {
           return response("200 OK", "", fixture.text);
         }).code() == ErrorCode::kNotSupported);
+  CHECK(status([](const Fixture& fixture, const HttpRequest&) {
+          return response("200 OK", "Content-Range: bytes 0-99999/100000\r\n", fixture.text);
+        }).ok());
+  CHECK(status([](const Fixture& fixture, const HttpRequest&) {
+          return response("200 OK", "Content-Range: bytes 1-99999/100000\r\n", fixture.text);
+        }).code() == ErrorCode::kFormat);
   CHECK(status([](const Fixture&, const HttpRequest&) {
           return response("206 Partial Content", HttpStore::range_headers(0, 99999, 100000, "\"1\""),
                           "short");
