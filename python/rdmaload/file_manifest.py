@@ -26,6 +26,7 @@ def resolve_files(connector: FileConnector) -> tuple[Manifest | None, Index]:
     error and not half of another model.
     """
     manifest = None
+    connector.pin({})
     if connector.keeps_manifest:
         manifest, index = _manifest_and_index(connector)
     if manifest is None:
@@ -35,9 +36,10 @@ def resolve_files(connector: FileConnector) -> tuple[Manifest | None, Index]:
             raise NotSupportedError(
                 f"{connector.url} has no manifest to compare with manifest_sha256", url=connector.url
             )
-        connector.pin({})
         index = index_of_files(connector)
-    connector.pin({file.path: file.etag for file in index.files if file.etag is not None})
+    tags = {file.path: file.etag for file in index.files if file.etag is not None}
+    if tags:
+        connector.pin(tags)
     return manifest, index
 
 

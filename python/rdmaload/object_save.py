@@ -248,9 +248,14 @@ class _Writer:
         source = file.source
         data = bytearray(0 if file.skipped else min(file.part_bytes, source.size - part * file.part_bytes))
         if not file.skipped:
-            self._read(file, part * file.part_bytes, data)
-            if file.upload is not None:
-                file.upload.send(part + 1, data)
+            try:
+                self._read(file, part * file.part_bytes, data)
+                if file.upload is not None:
+                    file.upload.send(part + 1, data)
+            except BaseException:
+                if file.upload is not None:
+                    file.upload.interrupt()
+                raise
         with file.lock:
             file.left -= 1
             last = file.left == 0

@@ -71,7 +71,8 @@ class StoreReader:
     def __init__(self, connector: Connector, index: Index, generation: str | None) -> None:
         self._connector = connector
         self._generation = generation
-        self._etags = {file.path: file.etag for file in index.files if file.etag is not None}
+        # Where there are checksums they say more; and tags in a manifest may be those of the store it was written to.
+        self._etags = {file.path: file.etag for file in index.files if file.etag is not None and not index.crcs}
         self._maker = os.getpid()
         options = connector.options
         if options.verify == "require" and not index.crcs and index.total_bytes > 0:

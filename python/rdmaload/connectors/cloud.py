@@ -21,7 +21,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from rdmaload.connectors.connector import FileInfo
 from rdmaload.connectors.http_client import Headers, shown_url
@@ -62,7 +62,7 @@ class CloudConnector(ObjectConnector):
     """A model in a bucket that obstore reaches."""
 
     default_options: ClassVar[Mapping[str, object]] = {"connections": 8, "threads": 4}
-    pins_versions: ClassVar[bool] = True
+    pins_versions = True
     extra: ClassVar[str]
     """What to install: the extra's name."""
     place_name: ClassVar[str]
@@ -179,9 +179,13 @@ class CloudConnector(ObjectConnector):
             return found
         import obstore
 
-        with self._translated("sign a url for", key.removeprefix(self._prefix)):
-            url: str = obstore.sign(store, "GET", key, datetime.timedelta(seconds=_URL_SECONDS))
-        return url, (), _GOOD_SECONDS
+        # obstore leaves "%" as it is in names of some stores: what it made of the name shows which one did.
+        for name in dict.fromkeys((key, key.replace("%", "%25"))):
+            with self._translated("sign a url for", key.removeprefix(self._prefix)):
+                url: str = obstore.sign(store, "GET", name, datetime.timedelta(seconds=_URL_SECONDS))
+            if unquote(urlsplit(url).path).endswith(f"/{key}"):
+                return url, (), _GOOD_SECONDS
+        raise NotSupportedError(f"{self.url}: obstore signs no url for the name {key}", url=self.url, key=key)
 
     def _address(self, path: str, refused: bool) -> tuple[str, list[tuple[str, str]], str, str, str, float | None]:
         """Where the native transport finds a file; `refused` needs nothing more: every url is signed anew."""
@@ -475,7 +479,9 @@ class _Upload:
     def send(self, number: int, data: bytes | bytearray) -> None:
         with self._turn:
             self._turn.wait_for(lambda: self._next == number or self._aborted or self._failure is not None)
-            if self._thread is None and not self._aborted:
+            if self._aborted:  # the reason is told by whom it happened to
+                return
+            if self._thread is None and self._failure is None:
                 self._thread = threading.Thread(target=self._run, args=(len(data),), name="rdmaload-upload")
                 self._thread.start()
         self._give(bytes(data))
@@ -485,16 +491,20 @@ class _Upload:
 
     def finish(self) -> str:
         self._give(None)
-        assert self._thread is not None
+        if self._thread is None:
+            raise ValueError("an upload without parts")
         self._thread.join()
         if self._failure is not None:
             raise self._failure
         return self._etag
 
-    def abort(self) -> None:
+    def interrupt(self) -> None:
         with self._turn:
             self._aborted = True
             self._turn.notify_all()
+
+    def abort(self) -> None:
+        self.interrupt()
         if self._thread is not None:
             self._thread.join()
 
@@ -504,7 +514,7 @@ class _Upload:
                 if self._failure is not None:
                     raise self._failure
                 if self._aborted:
-                    raise UnavailableError("the upload was aborted")
+                    return
             with contextlib.suppress(queue.Full):
                 self._parts.put(part, timeout=0.1)
                 return

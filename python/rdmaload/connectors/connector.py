@@ -270,13 +270,16 @@ class FileConnector(Connector):
 
     keeps_manifest: ClassVar[bool] = False
     """Whether a manifest and an index may lie beside the files; `read_small` reads them."""
-    pins_versions: ClassVar[bool] = False
+    pins_versions: bool = False
     """Whether a read of a file that was replaced after `pin` fails, so that nobody need look again."""
     read_only: ClassVar[str] = ""
     """Why nothing can be saved, and what to do instead; empty where it can."""
 
     def pin(self, etags: Mapping[str, str]) -> None:
-        """From now on read these versions of files (ETag by path) or fail with IntegrityError."""
+        """From now on read these versions of files (ETag by path) or fail with IntegrityError.
+
+        An open begins with none, which drops those of an earlier one.
+        """
 
     def read_small(self, path: str) -> bytes | None:
         """A whole small file; None when there is none."""

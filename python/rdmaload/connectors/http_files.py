@@ -51,7 +51,8 @@ class _Version:
         tags = [version.etag.removeprefix("W/") for version in (self, other)]
         if all(tags):
             return self.size == other.size and tags[0] == tags[1]
-        return self.size == other.size and self.modified == other.modified
+        dated = self.modified and other.modified and not any(tags)
+        return self.size == other.size and (not dated or self.modified == other.modified)
 
 
 class HttpFiles(FileConnector):
@@ -59,7 +60,7 @@ class HttpFiles(FileConnector):
 
     default_options: ClassVar[Mapping[str, object]] = {"connections": 8, "threads": 4}
     keeps_manifest: ClassVar[bool] = True
-    pins_versions: ClassVar[bool] = True
+    pins_versions = True
     read_only: ClassVar[str] = "an http server is read only"
 
     def __init__(self, url: Url, options: Options | None = None) -> None:
@@ -125,11 +126,9 @@ class HttpFiles(FileConnector):
 
     def pin(self, etags: Mapping[str, str]) -> None:
         if not etags:
-            self._forget()
-
-    def _forget(self) -> None:
-        with self._lock:
-            self._seen.clear()
+            with self._lock:
+                self._seen.clear()
+                self.pins_versions = True
 
     def look(self, path: str) -> _Version | None:
         """What the server says of a file now; None when there is none. Pins it, unless it is pinned."""
@@ -186,7 +185,6 @@ class HttpFiles(FileConnector):
 
     def read_small(self, path: str) -> bytes | None:
         self._check(path)
-        self._forget()  # an open begins with one: it may see a newer model
 
         def read() -> bytes | None:
             with self._request("GET", path) as response:
@@ -261,6 +259,8 @@ class HttpFiles(FileConnector):
         now = _Version(size, response.header("etag"), response.header("last-modified"))
         with self._lock:
             first = self._seen.setdefault(path, now)
+            # Not every server minds If-Unmodified-Since: the loader looks at the dates again after it has read.
+            self.pins_versions = self.pins_versions and bool(first.etag)
         if not first.is_same(now):
             raise IntegrityError(
                 f"{path} in {self.url} was replaced while it was read (it has {now.size} bytes and ETag "
@@ -278,7 +278,8 @@ class HttpFiles(FileConnector):
                 url=self.url,
                 key=path,
             )
-        if response.status == 200:
+        found = _CONTENT_RANGE.fullmatch(response.header("content-range"))
+        if response.status == 200 and found is None:
             size = response.length
             if begin == 0 and size is not None and size <= last + 1:
                 self._pinned(path, response, size)
@@ -289,9 +290,8 @@ class HttpFiles(FileConnector):
                 url=self.url,
                 key=path,
             )
-        if response.status != 206:
+        if response.status not in (200, 206):
             raise self.meaning(response, path)
-        found = _CONTENT_RANGE.fullmatch(response.header("content-range"))
         if found is None or found[1] is None:
             raise FormatError(
                 f"{path} in {self.url}: the server answered 206 without saying which bytes it sends",

@@ -24,6 +24,9 @@ class Upload(Protocol):
     def finish(self) -> str:
         """Make the file appear, in place of an older one; its ETag."""
 
+    def interrupt(self) -> None:
+        """A part will never come: who waits in `send` for it returns. Never raises; `abort` follows."""
+
     def abort(self) -> None:
         """Drop what was sent. Never raises."""
 

@@ -88,7 +88,7 @@ class S3Connector(ObjectConnector):
     """
 
     default_options: ClassVar[Mapping[str, object]] = {"connections": 8, "threads": 4}
-    pins_versions: ClassVar[bool] = True
+    pins_versions = True
 
     def __init__(self, url: Url, options: Options | None = None) -> None:
         super().__init__(url, options)
@@ -428,6 +428,9 @@ class _Upload:
             return str(done["ETag"])
 
         return self._connector._tried("write", self._path, finish)
+
+    def interrupt(self) -> None:
+        pass  # parts go in any order
 
     def abort(self) -> None:
         # Parts of an upload that nobody ends are paid for until they are removed.
