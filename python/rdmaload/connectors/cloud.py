@@ -179,8 +179,8 @@ class CloudConnector(ObjectConnector):
             return found
         import obstore
 
-        # obstore leaves "%" as it is in names of some stores: what it made of the name shows which one did.
-        for name in dict.fromkeys((key, key.replace("%", "%25"))):
+        # obstore leaves "%", "?" and "#" as they are in names of some stores: what it made of the name shows it.
+        for name in dict.fromkeys((key, quote(key, safe="/"))):
             with self._translated("sign a url for", key.removeprefix(self._prefix)):
                 url: str = obstore.sign(store, "GET", name, datetime.timedelta(seconds=_URL_SECONDS))
             if unquote(urlsplit(url).path).endswith(f"/{key}"):

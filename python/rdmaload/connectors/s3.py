@@ -228,7 +228,7 @@ class S3Connector(ObjectConnector):
                     if not path or path.endswith("/") or _is_hidden(path):
                         continue
                     self._check(path)
-                    found.append(FileInfo(path, entry["Size"], entry.get("ETag")))
+                    found.append(FileInfo(path, entry["Size"], _quoted(entry.get("ETag"))))
         if not found:
             raise NotFoundError(f"there are no objects at {self.url}: check bucket and prefix", url=self.url)
         return sorted(found, key=lambda info: info.path)
@@ -424,8 +424,10 @@ class _Upload:
             parts = [self._parts[number] for number in sorted(self._parts)]
 
         def finish() -> str:
-            done = self._client.complete_multipart_upload(**self._place, MultipartUpload={"Parts": parts})
-            return str(done["ETag"])
+            self._client.complete_multipart_upload(**self._place, MultipartUpload={"Parts": parts})
+            # Not what the call above says: some stores (rclone's) give the object another tag afterwards.
+            place = {name: self._place[name] for name in ("Bucket", "Key")}
+            return str(self._client.head_object(**place)["ETag"])
 
         return self._connector._tried("write", self._path, finish)
 
@@ -440,6 +442,11 @@ class _Upload:
 
 def _crc_text(crc: int) -> str:
     return base64.b64encode(crc.to_bytes(4, "big")).decode()
+
+
+def _quoted(etag: str | None) -> str | None:
+    """An ETag as headers have it; some stores list it without its quotes."""
+    return f'"{etag}"' if etag and not etag.endswith('"') else etag
 
 
 def _is_hidden(path: str) -> bool:
