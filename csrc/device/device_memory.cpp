@@ -7,6 +7,14 @@ namespace rdmaload {
 PinnedBuffer::PinnedBuffer(const Device& device, size_t bytes) : device_(device), size_(bytes) {
   if (bytes == 0) return;
   const DeviceGuard guard(device);
+  try {
+    arena_ = std::make_unique<HostArena>(bytes);
+    registration_.emplace(device, arena_->span());
+    data_ = arena_->data();
+    return;
+  } catch (const std::exception&) {  // no memory, or a system that cannot register what exists
+    arena_.reset();
+  }
   void* data = nullptr;
   const cuda::Result result = device.driver().host_alloc(&data, bytes, cuda::kMemHostAllocPortable);
   if (result != cuda::kSuccess) {
@@ -18,7 +26,7 @@ PinnedBuffer::PinnedBuffer(const Device& device, size_t bytes) : device_(device)
 }
 
 PinnedBuffer::~PinnedBuffer() {
-  if (data_ == nullptr) return;
+  if (data_ == nullptr || arena_) return;
   if (const ReleaseGuard guard(device_); guard) device_.driver().host_free(data_);
 }
 

@@ -6,27 +6,15 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
+#include <optional>
 #include <span>
 #include <utility>
 
 #include "device/device.h"
+#include "memory/host_arena.h"
 
 namespace rdmaload {
-
-// Page-locked host memory that every device of the process may use.
-class PinnedBuffer {
- public:
-  PinnedBuffer(const Device& device, size_t bytes);
-  ~PinnedBuffer();
-  PinnedBuffer(const PinnedBuffer&) = delete;
-  PinnedBuffer& operator=(const PinnedBuffer&) = delete;
-  std::span<std::byte> span() const noexcept { return {data_, size_}; }
-
- private:
-  const Device& device_;
-  std::byte* data_ = nullptr;
-  size_t size_;
-};
 
 // Page-locks host memory that exists already, as long as this lives.
 class HostRegistration {
@@ -40,6 +28,25 @@ class HostRegistration {
  private:
   const Device& device_;
   std::byte* data_;
+};
+
+// Page-locked host memory that every device of the process may use. It is ours, in huge pages where the
+// system gives them, and registered with the driver: a few hundred pages to lock rather than a hundred
+// thousand. Where the driver cannot register, it is the driver's own.
+class PinnedBuffer {
+ public:
+  PinnedBuffer(const Device& device, size_t bytes);
+  ~PinnedBuffer();
+  PinnedBuffer(const PinnedBuffer&) = delete;
+  PinnedBuffer& operator=(const PinnedBuffer&) = delete;
+  std::span<std::byte> span() const noexcept { return {data_, size_}; }
+
+ private:
+  const Device& device_;
+  std::unique_ptr<HostArena> arena_;
+  std::optional<HostRegistration> registration_;  // of the arena; else data_ is the driver's
+  std::byte* data_ = nullptr;
+  size_t size_;
 };
 
 // Device memory from the driver itself: at the start of an allocation of its own, as dma-buf exports need it.

@@ -31,6 +31,13 @@ ssize_t read_buffered_piece(const OpenFile& file, uint64_t offset, bool checksum
   return got;
 }
 
+// Whether whole blocks of the file arrive in place, whatever the disk asks of an address.
+bool lies_as_in_file(const Read& read) {
+  constexpr uint64_t kPage = 4096;
+  return read.segments.size() == 1 && read.segments[0].data != nullptr &&
+         (reinterpret_cast<uintptr_t>(read.segments[0].data) - read.offset) % kPage == 0;
+}
+
 }  // namespace
 
 // Not a transport that anybody else sees: a second set of workers with their queue.
@@ -82,7 +89,7 @@ int FileTransport::connections() const noexcept {
 }
 
 std::optional<Status> FileTransport::perform(Read& read) {
-  if (files_.get(read.object)->reads_directly()) {
+  if (files_.get(read.object)->reads_directly(lies_as_in_file(read))) {
     direct_workers().submit(read, Clock::time_point::min());
     return std::nullopt;
   }
@@ -91,17 +98,15 @@ std::optional<Status> FileTransport::perform(Read& read) {
 
 Status FileTransport::read_file(Read& read) {
   const auto file = files_.get(read.object);
-  if (const uint64_t bytes = file->bytes(); bytes > read.object_bytes) {  // a shorter one shows when it ends
-    return Status(ErrorCode::kIntegrity, "file '" + file->path() + "' has " + std::to_string(bytes) +
-                                             " bytes, expected " + std::to_string(read.object_bytes) +
-                                             ": it was changed after its header was read");
-  }
+  if (Status grown = file->grown(read.object_bytes); !grown.ok())
+    return grown;  // a shorter one shows at its end
+  const bool aligned = lies_as_in_file(read);
   read.times.first_byte = read.times.taken;  // a blocking read is the transfer
   SegmentCursor cursor(read);
   while (cursor.left() > 0) {
     if (read.owner->cancelled()) return Status(ErrorCode::kCancelled, "the read was cancelled");
     const uint64_t offset = read.offset + (read.length - cursor.left());
-    const bool direct = file->reads_directly();
+    const bool direct = file->reads_directly(aligned);
     ssize_t got = 0;
     if (direct) {
       thread_local HostArena bounce(kDirectPieceBytes);
@@ -112,9 +117,7 @@ Status FileTransport::read_file(Read& read) {
     if (got > 0) {
       (direct ? used_direct_ : used_buffered_) = true;
     } else if (got == 0) {
-      return Status(ErrorCode::kIntegrity,
-                    "file '" + file->path() + "' ends at byte " + std::to_string(offset) + ", expected " +
-                        std::to_string(read.object_bytes) + " bytes: it was truncated after it was opened");
+      return file->truncated(offset, read.object_bytes);
     } else if (direct && (got == -EINVAL || got == -EOPNOTSUPP)) {
       file->refuse_direct("a direct read of '" + file->path() +
                           "' was refused: " + std::strerror(static_cast<int>(-got)));

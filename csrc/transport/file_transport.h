@@ -27,6 +27,10 @@ class FileTransport final : public ThreadedTransport {
   std::string fallback_reason() const override { return files_.direct_refusal(); }
   int connections() const noexcept override;
 
+  // For a transport that reads the same files in another way.
+  std::shared_ptr<OpenFile> open(const std::string& object) { return files_.get(object); }
+  const FileOptions& options() const noexcept { return files_.options(); }
+
  private:
   class DirectWorkers;
   std::optional<Status> perform(Read& read) override;

@@ -191,13 +191,13 @@ void OpenFile::open_directly(const FileOptions& options) {
     refusal_ = "the file system of '" + path_ + "' has no direct reads";
     return;
   }
-  if (!asked && alignment->memory > kTensorAlignment) return;  // a choice, not a refusal
+  only_aligned_ = !asked && alignment->memory > kTensorAlignment;  // a choice, not a refusal
   alignment_ = *alignment;
   direct_ = true;
 }
 
-bool OpenFile::reads_directly() {
-  if (!direct_) return false;
+bool OpenFile::reads_directly(bool lies_as_in_file) {
+  if (!direct_ || (only_aligned_ && !lies_as_in_file)) return false;
   if (announced_ && !only_reader()) {
     refuse_direct("another reader came for '" + path_ + "', and the page cache serves both");
     return false;
@@ -210,6 +210,20 @@ void OpenFile::refuse_direct(const std::string& why) {
   if (!direct_.exchange(false)) return;
   refusal_ = why;
   posix_fadvise(fd_, 0, 0, POSIX_FADV_SEQUENTIAL);
+}
+
+Status OpenFile::grown(uint64_t expected) const {
+  const uint64_t now = bytes();
+  if (now <= expected) return Status();
+  return Status(ErrorCode::kIntegrity, "file '" + path_ + "' has " + std::to_string(now) +
+                                           " bytes, expected " + std::to_string(expected) +
+                                           ": it was changed after its header was read");
+}
+
+Status OpenFile::truncated(uint64_t end, uint64_t expected) const {
+  return Status(ErrorCode::kIntegrity, "file '" + path_ + "' ends at byte " + std::to_string(end) +
+                                           ", expected " + std::to_string(expected) +
+                                           " bytes: it was truncated after it was opened");
 }
 
 std::string OpenFile::direct_refusal() const {

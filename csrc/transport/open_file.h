@@ -72,12 +72,16 @@ class OpenFile {
   uint64_t bytes() const;  // as it is now
 
   // Whether the next read should go past the page cache: asked before each, because another reader may have
-  // come. Once false it stays so.
-  bool reads_directly();
+  // come. Once false it stays so. `lies_as_in_file`: its memory is aligned as its place in the file is, to
+  // whole pages, so that no disk's alignment stands in the way.
+  bool reads_directly(bool lies_as_in_file);
   int direct_fd() const noexcept { return direct_fd_; }
   DirectAlignment direct_alignment() const noexcept { return alignment_; }
   // The kernel refused a direct read after all.
   void refuse_direct(const std::string& why);
+  // What is wrong with a file that should have `expected` bytes: it has more now, or ends at `end`.
+  Status grown(uint64_t expected) const;  // ok unless it has
+  Status truncated(uint64_t end, uint64_t expected) const;
   // Why a file that should have been read directly is not; empty when it is, or should not have been.
   std::string direct_refusal() const;
 
@@ -90,7 +94,8 @@ class OpenFile {
   int fd_ = -1;
   int direct_fd_ = -1;
   DirectAlignment alignment_{};
-  bool announced_ = false;  // other readers see this one, and this one looks out for them
+  bool only_aligned_ = false;  // direct reads pay only into memory that lies as the file does
+  bool announced_ = false;     // other readers see this one, and this one looks out for them
   std::atomic<bool> direct_{false};
   mutable std::mutex mutex_;
   std::string refusal_;  // Guarded by mutex_.

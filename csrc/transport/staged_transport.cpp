@@ -4,11 +4,13 @@
 #include <cstring>
 
 #include "core/thread_name.h"
+#include "transport/device_placement.h"
+#include "transport/path_name.h"
 
 namespace rdmaload {
 namespace {
 
-constexpr uint64_t kSlotAlignment = 4096;  // a page; O_DIRECT reads need no more either
+constexpr uint64_t kSlotAlignment = 4096;  // a page; no disk's blocks or addresses ask for more
 constexpr size_t kMinSlots = 2;            // one is read while the other is copied
 constexpr uint64_t kTablePart = 8;         // an eighth of a slot holds the table of its pieces
 
@@ -37,6 +39,7 @@ struct StagedTransport::Slot : Read {
   const size_t number;
   std::byte* const memory;
   const Event event;
+  std::byte* data = nullptr;  // the read's first byte, as far from a page's begin as in the object
   Read* outer = nullptr;
   std::shared_ptr<OwnerProxy> proxy;
   Status enqueue_status;
@@ -54,22 +57,27 @@ StagedTransport::StagedTransport(std::shared_ptr<Transport> source, Device& devi
       device_(device),
       driver_(device.driver()),
       options_(options),
-      path_(std::string(source_->path()) + "+staged-gpu"),
       stream_(device.copy_stream()),
       begin_(Clock::now()) {
   kernels_ = device_.kernels(&no_kernels_reason_);
   if (options_.verify_device && kernels_ == nullptr) {
     throw Error(ErrorCode::kNotSupported, "verify_device needs GPU kernels: " + no_kernels_reason_);
   }
-  data_bytes_ = round_up(std::max<uint64_t>(options_.read_bytes, 1), kSlotAlignment);
+  data_bytes_ = round_up(std::max<uint64_t>(options_.read_bytes, 1), kSlotAlignment) + kSlotAlignment;
   const uint64_t table_bytes = round_up(data_bytes_ / kTablePart, kSlotAlignment);
   table_entries_ =
       (table_bytes - sizeof(uint64_t)) / sizeof(ScatterPiece);  // the last word is for a checksum
   stride_ = data_bytes_ + table_bytes;
-  const uint64_t needed = options_.expected_bytes / data_bytes_ + 1;
+  may_use_block_ = kernels_ != nullptr && stride_ <= options_.block_bytes;
+  if (options_.verify_device && !may_use_block_) {
+    throw Error(ErrorCode::kDevice, "verify_device needs " + std::to_string(stride_) +
+                                        " bytes of device memory for reads of this length, and may use " +
+                                        std::to_string(options_.block_bytes) + ": raise device_extra_bytes");
+  }
+  const uint64_t needed = options_.expected_bytes / options_.read_bytes + 1;
   const auto count =
       std::max<size_t>(kMinSlots, static_cast<size_t>(std::min(options_.staging_bytes / stride_, needed)));
-  ring_ = std::make_shared<PinnedBuffer>(device_, count * stride_);
+  ring_ = PinnedPool::process().take(device_, count * stride_);
   counters_.staging_bytes = count * stride_;
   slots_.reserve(count);
   idle_.reserve(count);
@@ -150,7 +158,8 @@ StagedTransport::Slot* StagedTransport::take_slot_locked(Read& read) {
   slot->length = read.length;
   slot->object_bytes = read.object_bytes;
   // Dropped bytes are received too: one vector for the socket, one block for the device.
-  slot->segments.assign(1, {slot->memory, read.length});
+  slot->data = slot->memory + read.offset % kSlotAlignment;
+  slot->segments.assign(1, {slot->data, read.length});
   slot->memory_owner = ring_;
   slot->checksum = read.checksum;
   slot->priority = read.priority;
@@ -257,19 +266,18 @@ void StagedTransport::received(Slot& slot, const Status& status) noexcept {
 
 Status StagedTransport::enqueue(Slot& slot) {
   const std::vector<Segment>& pieces = slot.outer->segments;
-  const auto wanted =
-      static_cast<size_t>(std::count_if(pieces.begin(), pieces.end(), [](const Segment& piece) {
-        return piece.data != nullptr && piece.size > 0;
-      }));
   const bool check = options_.verify_device && slot.checksum;
-  if (kernels_ != nullptr && (check || wanted >= options_.scatter_pieces)) {
-    if (const cuda::Pointer block = block_of(slot); block != 0) return place(slot, block);
+  if (may_use_block_ && (check || wanted_pieces(pieces) >= options_.scatter_pieces)) {
+    std::lock_guard lock(block_mutex_);
+    const Status made = make_block();
+    if (made.ok()) return place(slot, check);
+    if (check) return made;  // else, without room for a block, piece by piece
   }
   uint64_t at = 0;
   for (const Segment& piece : pieces) {
     if (piece.data != nullptr && piece.size > 0) {
       const cuda::Result result = driver_.copy_to_device(reinterpret_cast<cuda::Pointer>(piece.data),
-                                                         slot.memory + at, piece.size, stream_);
+                                                         slot.data + at, piece.size, stream_);
       if (result != cuda::kSuccess) return driver_.status("cuMemcpyHtoDAsync", result);
       ++slot.counters.copies;
       slot.counters.copied_bytes += piece.size;
@@ -279,66 +287,43 @@ Status StagedTransport::enqueue(Slot& slot) {
   return Status();
 }
 
-// The whole read as one block with the table of its pieces behind it; kernels do the rest on the device.
-Status StagedTransport::place(Slot& slot, cuda::Pointer block) {
-  auto* const table = reinterpret_cast<ScatterPiece*>(slot.memory + data_bytes_);
+// The whole read as one block; kernels do the rest on the device.
+Status StagedTransport::place(Slot& slot, bool check) {
   const uint64_t crc_offset = stride_ - sizeof(uint64_t);
-  uint32_t count = 0;
-  uint64_t at = 0;
-  std::vector<ScatterPiece> rest;  // what the table has no room for
-  for (const Segment& piece : slot.outer->segments) {
-    if (piece.data != nullptr) {
-      for (uint64_t done = 0; done < piece.size; done += kScatterPieceBytes) {
-        const ScatterPiece part{at + done, reinterpret_cast<cuda::Pointer>(piece.data) + done,
-                                std::min(kScatterPieceBytes, piece.size - done)};
-        if (count < table_entries_) {
-          table[count++] = part;
-        } else {
-          rest.push_back(part);
-        }
-      }
-    }
-    at += piece.size;
-  }
-  const auto copied = [&](cuda::Result result) {
-    ++slot.counters.copies;
-    return driver_.status("cuMemcpyHtoDAsync", result);
-  };
-  Status status = copied(driver_.copy_to_device(block, slot.memory, slot.length, stream_));
+  const cuda::Pointer block = block_->data();
+  ++slot.counters.copies;
   slot.counters.copied_bytes += slot.length;
-  if (status.ok() && options_.verify_device && slot.checksum) {
-    status = driver_.status("cuMemsetD32Async", driver_.fill_words(block + crc_offset, 0, 1, stream_));
-    if (status.ok()) status = kernels_->crc32c(block, slot.length, block + crc_offset, stream_);
-    if (status.ok()) {
-      status = driver_.status("cuMemcpyDtoHAsync",
-                              driver_.copy_to_host(slot.memory + crc_offset, block + crc_offset, 4, stream_));
-    }
-    slot.checked_on_device = status.ok();
-  }
-  if (status.ok() && count > 0) {
-    status =
-        copied(driver_.copy_to_device(block + data_bytes_, table, count * sizeof(ScatterPiece), stream_));
-    if (status.ok()) status = kernels_->scatter(block, block + data_bytes_, count, stream_);
-    slot.counters.scattered_pieces += count;
-  }
-  for (size_t i = 0; i < rest.size() && status.ok(); ++i) {
-    status = driver_.status("cuMemcpyDtoDAsync",
-                            driver_.copy_on_device(rest[i].to, block + rest[i].from, rest[i].bytes, stream_));
-  }
+  Status status =
+      driver_.status("cuMemcpyHtoDAsync", driver_.copy_to_device(block, slot.data, slot.length, stream_));
+  if (!status.ok()) return status;
+  PlacementCounters placed;
+  status = place_pieces(driver_, kernels_, *slot.outer,
+                        {block, block + data_bytes_, slot.memory + data_bytes_, table_entries_,
+                         block + crc_offset, slot.memory + crc_offset},
+                        check, 1, stream_, placed);
+  slot.counters.copies += placed.copies;
+  slot.counters.scattered_pieces += placed.scattered_pieces;
+  slot.checked_on_device = check && status.ok();
   return status;
 }
 
-// Where the slot's bytes lie on the device as a block; 0 when there is no memory for that.
-cuda::Pointer StagedTransport::block_of(const Slot& slot) {
-  std::call_once(blocks_once_, [this] {
+// With block_mutex_ held.
+Status StagedTransport::make_block() {
+  if (!block_tried_) {
+    block_tried_ = true;
     try {
-      blocks_.emplace(device_, slots_.size() * stride_);
+      block_.emplace(device_, stride_);
       std::lock_guard lock(mutex_);
-      counters_.device_bytes = blocks_->size();
-    } catch (const Error&) {  // no room: piece by piece then
+      counters_.device_bytes = block_->size();
+    } catch (const Error& error) {
+      block_status_ = Status::from(error);
     }
-  });
-  return blocks_ ? blocks_->data() + slot.number * stride_ : 0;
+  }
+  return block_status_;
+}
+
+std::string_view StagedTransport::path() const noexcept {
+  return kept_path_name(std::string(source_->path()) + "+staged-gpu");
 }
 
 // Waits for the slot's copies, and says what became of them.

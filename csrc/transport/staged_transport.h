@@ -9,7 +9,11 @@
 // transport" as this and the GPU's copy engine.
 //
 // Many small pieces of one read are copied as a block and placed by one kernel, where there are kernels. With
-// `verify_device` every block goes that way and its checksum is computed again on the device.
+// `verify_device` every read goes that way and its checksum is computed again on the device. One block of
+// device memory serves all reads: the stream does one thing after another anyway.
+//
+// A read lies in its buffer as it does in the object's blocks: where the source is a file, the disk writes
+// there (O_DIRECT).
 //
 // Any thread may use it. Driver calls are made on the source's threads and on its own.
 #pragma once
@@ -28,6 +32,7 @@
 
 #include "device/device_memory.h"
 #include "device/kernels.h"
+#include "device/pinned_pool.h"
 #include "device/stream.h"
 #include "transport/transport.h"
 
@@ -37,6 +42,7 @@ struct StagingOptions {
   uint64_t read_bytes = 8 << 20;         // the longest read that will be submitted
   uint64_t staging_bytes = 64 << 20;     // page-locked in all, but two reads at least
   uint64_t expected_bytes = UINT64_MAX;  // no more is page-locked than so many bytes to read need
+  uint64_t block_bytes = 64 << 20;       // of device memory for the block; no kernels with less than it needs
   size_t scatter_pieces = 16;            // from so many pieces of a read on, one kernel places them
   bool verify_device = false;            // compute checksums again on the device; needs kernels
   bool trace = false;                    // keep the times of every read
@@ -48,7 +54,7 @@ struct StagingCounters {
   uint64_t scattered_pieces = 0;  // placed by a kernel
   uint64_t verified_bytes = 0;    // whose checksum was computed on the device too
   uint64_t staging_bytes = 0;     // page-locked
-  uint64_t device_bytes = 0;      // of device memory for blocks
+  uint64_t device_bytes = 0;      // of device memory for the block
 };
 
 // When a read got its buffer, when its bytes had arrived, and when they were on the device; since
@@ -60,14 +66,16 @@ struct StagingTrace {
 
 class StagedTransport final : public Transport {
  public:
-  // Throws kDevice, and kNotSupported when verify_device is asked for and there are no kernels.
+  // Throws kDevice, also when verify_device needs more than block_bytes, and kNotSupported when it is asked
+  // for and there are no kernels.
   StagedTransport(std::shared_ptr<Transport> source, Device& device, StagingOptions options);
   ~StagedTransport() override;
 
   using Transport::submit;
   void submit(Read& read, Clock::time_point not_before) override;
   void cancel(const ReadOwner& owner) override;
-  std::string_view path() const noexcept override { return path_; }
+  std::string_view path() const noexcept override;  // the source's, with "+staged-gpu"
+  std::string fallback_reason() const override { return source_->fallback_reason(); }
   int connections() const noexcept override { return source_->connections(); }
 
   // Writes from now on come after what `consumer` (a stream of the device) has to do now: call it between
@@ -78,6 +86,8 @@ class StagedTransport final : public Transport {
   // The stream that writes to destinations; it lives as long as the process.
   cuda::Stream stream() const noexcept { return stream_; }
 
+  // Device memory that the block takes when it is needed; 0 when there will be none.
+  uint64_t block_bytes() const noexcept { return may_use_block_ ? stride_ : 0; }
   StagingCounters counters() const;
   std::vector<StagingTrace> trace() const;
   // Why kernels are not used; empty when they are.
@@ -91,8 +101,8 @@ class StagedTransport final : public Transport {
   std::shared_ptr<OwnerProxy> proxy_locked(const ReadOwner& owner);
   void received(Slot& slot, const Status& status) noexcept;
   Status enqueue(Slot& slot);
-  Status place(Slot& slot, cuda::Pointer block);
-  cuda::Pointer block_of(const Slot& slot);
+  Status place(Slot& slot, bool check);
+  Status make_block();
   void finish(Slot& slot, Status status) noexcept;
   Status quiet(Slot& slot) const;
   void reap();
@@ -101,7 +111,6 @@ class StagedTransport final : public Transport {
   Device& device_;
   const Driver& driver_;
   const StagingOptions options_;
-  const std::string path_;
   const cuda::Stream stream_;
   const Kernels* kernels_ = nullptr;
   std::string no_kernels_reason_;
@@ -112,8 +121,12 @@ class StagedTransport final : public Transport {
   std::shared_ptr<PinnedBuffer> ring_;
   std::vector<std::unique_ptr<Slot>> slots_;
 
-  std::once_flag blocks_once_;
-  std::optional<DeviceBuffer> blocks_;  // as large as the ring; made when first needed
+  bool may_use_block_ = false;  // constant once constructed
+
+  std::mutex block_mutex_;             // held while a read's way through the block is enqueued
+  bool block_tried_ = false;           // Guarded by block_mutex_.
+  Status block_status_;                // Guarded by block_mutex_.
+  std::optional<DeviceBuffer> block_;  // Guarded by block_mutex_. As large as a slot; made when first needed.
 
   std::atomic<bool> stopping_{false};
   mutable std::mutex mutex_;

@@ -41,12 +41,12 @@ class _State(ctypes.Structure):
 def library() -> Path:
     """The fake driver, compiled when its sources are newer."""
     built = ROOT / "build/fake_cuda/libfake_cuda.so"
-    sources = [*_SOURCES.iterdir(), ROOT / "csrc/device/cuda_abi.h"]
+    sources = [*_SOURCES.iterdir(), *(ROOT / "csrc/device").glob("*_abi.h")]
     if not built.exists() or built.stat().st_mtime < max(source.stat().st_mtime for source in sources):
         built.parent.mkdir(parents=True, exist_ok=True)
         temporary = built.with_suffix(f".{os.getpid()}")
         command = ["c++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-I", "csrc", "-I", "tests/cpp", "-o"]
-        files = [str(_SOURCES / name) for name in ("fake_cuda.cpp", "kernels.cpp")]
+        files = [str(_SOURCES / name) for name in ("fake_cuda.cpp", "fake_cufile.cpp", "kernels.cpp")]
         subprocess.run([*command, str(temporary), *files], cwd=ROOT, check=True)
         temporary.rename(built)
     return built
@@ -58,6 +58,7 @@ class FakeGpu:
     def __init__(self, seed: int = 1) -> None:
         path = str(library())
         _core.open_cuda_driver(path, b"any image")
+        self.close_cufile()
         self._driver = ctypes.CDLL(path)
         self._driver.fake_cuda_reset(ctypes.c_uint64(seed))
         self._check("cuInit", 0)
@@ -75,6 +76,14 @@ class FakeGpu:
             self._on(ordinal, "cuStreamCreate", ctypes.byref(stream), 1)
             self._streams.append(stream)
         self._base = self.state()
+
+    def open_cufile(self) -> None:
+        """The fake cuFile is the process's from now on, closed as yet."""
+        self._driver.fake_cufile_reset()
+        _core.set_cufile_library(str(library()))
+
+    def close_cufile(self) -> None:
+        _core.set_cufile_library("libno-cufile-in-tests.so")
 
     def close(self) -> None:
         self._driver.fake_cuda_hold(0)

@@ -1,4 +1,5 @@
-// csrc/device/cuda_abi.h against NVIDIA's own header, at compile time, where that is installed.
+// csrc/device/cuda_abi.h and cufile_abi.h against NVIDIA's own headers, at compile time, where those are
+// installed.
 #if __has_include(<cuda.h>)
 #include <cuda.h>
 
@@ -112,6 +113,45 @@ CHECK_ENTRY(pointer_set_attribute, cuPointerSetAttribute);
 CHECK_ENTRY(handle_for_range, cuMemGetHandleForAddressRange);
 CHECK_ENTRY(flush_gpudirect, cuFlushGPUDirectRDMAWrites);
 #endif
+
+}  // namespace
+}  // namespace rdmaload
+#endif
+
+#if __has_include(<cuda.h>) && __has_include(<cufile.h>)
+#include <cufile.h>
+
+#include <cstddef>
+
+#include "device/cufile_abi.h"
+
+namespace rdmaload {
+namespace {
+
+static_assert(sizeof(CUfileError_t) == sizeof(cufile::Error) &&
+              offsetof(CUfileError_t, cu_err) == offsetof(cufile::Error, cuda));
+static_assert(sizeof(CUfileDescr_t) == sizeof(cufile::Descriptor) &&
+              offsetof(CUfileDescr_t, handle) == offsetof(cufile::Descriptor, fd) &&
+              offsetof(CUfileDescr_t, fs_ops) == offsetof(cufile::Descriptor, operations));
+static_assert(sizeof(CUfileDrvProps_t) <= sizeof(cufile::Properties) &&
+              offsetof(CUfileDrvProps_t, nvfs.dcontrolflags) == offsetof(cufile::Properties, control_flags) &&
+              offsetof(CUfileDrvProps_t, fflags) == offsetof(cufile::Properties, feature_flags));
+static_assert(CU_FILE_DRIVER_NOT_INITIALIZED == cufile::kDriverNotInitialized);
+static_assert(CU_FILE_PLATFORM_NOT_SUPPORTED == cufile::kPlatformNotSupported);
+static_assert(CU_FILE_IO_NOT_SUPPORTED == cufile::kIoNotSupported);
+static_assert(CU_FILE_DEVICE_NOT_SUPPORTED == cufile::kDeviceNotSupported);
+static_assert(CU_FILE_CUDA_DRIVER_ERROR == cufile::kCudaDriverError);
+static_assert(CU_FILE_INVALID_FILE_OPEN_FLAG == cufile::kInvalidFileOpenFlag);
+static_assert(CU_FILE_DIO_NOT_SET == cufile::kDirectIoNotSet);
+static_assert(CU_FILE_INVALID_VALUE == cufile::kInvalidValue);
+static_assert(CU_FILE_MEMORY_ALREADY_REGISTERED == cufile::kMemoryAlreadyRegistered);
+static_assert(CU_FILE_MEMORY_NOT_REGISTERED == cufile::kMemoryNotRegistered);
+static_assert(CU_FILE_HANDLE_ALREADY_REGISTERED == cufile::kHandleAlreadyRegistered);
+static_assert(CU_FILE_GPU_MEMORY_PINNING_FAILED == cufile::kGpuMemoryPinningFailed);
+static_assert(CU_FILE_IO_ERROR == cufile::kIoError);
+static_assert(CU_FILE_HANDLE_TYPE_OPAQUE_FD == cufile::kHandleTypeFd);
+static_assert(CUFILE_PARAM_PROPERTIES_ALLOW_COMPAT_MODE == cufile::kParameterAllowCompatMode);
+static_assert(CU_FILE_ALLOW_COMPAT_MODE == cufile::kControlAllowCompatMode);
 
 }  // namespace
 }  // namespace rdmaload

@@ -10,8 +10,10 @@
 #include <thread>
 
 #include "core/crc32c.h"
+#include "core/deadline.h"
 #include "device/gpudirect.h"
 #include "device/kernels.h"
+#include "device/pinned_pool.h"
 #include "support/bytes.h"
 #include "support/fake_gpu.h"
 
@@ -105,9 +107,10 @@ TEST_CASE("resources are given back, moved ones once") {
     const FakeCudaState during = gpu.state();
     CHECK(during.streams == before.streams + 1);
     CHECK(during.events == before.events + 1);
-    CHECK(during.host_bytes == before.host_bytes + 4096);
+    CHECK(during.host_bytes == before.host_bytes + 4096 + 8192);
     CHECK(during.device_bytes == before.device_bytes + 4096);
-    CHECK(during.registrations == before.registrations + 1);
+    CHECK(during.registrations == before.registrations + 2);
+    CHECK(during.host_allocations == before.host_allocations);
   }
   const FakeCudaState after = gpu.state();
   CHECK(after.streams == before.streams);
@@ -115,6 +118,61 @@ TEST_CASE("resources are given back, moved ones once") {
   CHECK(after.host_allocations == before.host_allocations);
   CHECK(after.device_allocations == before.device_allocations);
   CHECK(after.registrations == before.registrations);
+}
+
+TEST_CASE("page-locked memory goes from one load to the next, bounded, and is freed when nobody comes") {
+  const FakeGpu gpu;
+  const uint64_t before = gpu.state().host_bytes;
+  {
+    PinnedPool pool(20'000, std::chrono::hours(1));
+    auto first = pool.take(gpu.device(0), 8000);
+    const std::byte* const memory = first->span().data();
+    CHECK(pool.kept_bytes() == 0);
+    first.reset();
+    CHECK(pool.kept_bytes() == 8000);
+    CHECK(pool.take(gpu.device(1), 8000)->span().data() != memory);  // each device its own
+    auto again = pool.take(gpu.device(0), 4000);
+    CHECK(again->span().data() == memory);
+    CHECK(again->span().size() == 8000);
+    CHECK(pool.take(gpu.device(0), 100)->span().size() == 100);  // it would have kept 8000 for 100
+    again.reset();
+    CHECK(pool.kept_bytes() <= 20'000);
+    CHECK(gpu.state().host_bytes - before == pool.kept_bytes());
+    pool.take(gpu.device(0), 30'000).reset();  // more than is kept
+    CHECK(gpu.state().host_bytes - before == pool.kept_bytes());
+    CHECK(pool.kept_bytes() <= 20'000);
+    pool.take(gpu.device(0), 5000).reset();
+    pool.release();
+    CHECK(gpu.state().host_bytes == before);
+    pool.take(gpu.device(0), 5000).reset();  // usable after that
+    CHECK(pool.kept_bytes() == 5000);
+  }
+  CHECK(gpu.state().host_bytes == before);
+  PinnedPool impatient(10'000, std::chrono::milliseconds(1));
+  for (int i = 0; i < 3; ++i) {
+    impatient.take(gpu.device(0), 100).reset();
+    const Deadline soon = Deadline::after(std::chrono::seconds(60));
+    while (gpu.state().host_bytes != before && !soon.passed()) std::this_thread::yield();
+    CHECK(gpu.state().host_bytes == before);
+  }
+}
+
+TEST_CASE("where existing memory cannot be registered, the driver allocates") {
+  const FakeGpu gpu;
+  const FakeCudaState before = gpu.state();
+  {
+    gpu.fail_call("cuMemHostRegister_v2", 1, cuda::kNotSupported);
+    const PinnedBuffer buffer(gpu.device(), 5000);
+    CHECK(buffer.span().size() == 5000);
+    CHECK(gpu.state().registrations == before.registrations);
+    CHECK(gpu.state().host_allocations == before.host_allocations + 1);
+  }
+  CHECK(gpu.state().host_allocations == before.host_allocations);
+  gpu.fail_call("cuMemHostRegister_v2", 1, cuda::kNotSupported);
+  gpu.fail_call("cuMemHostAlloc", 1, cuda::kOutOfMemory);
+  const auto [code, message] = error_of([&] { PinnedBuffer(gpu.device(), 5000); });
+  CHECK(code == ErrorCode::kDevice);
+  CHECK(message.find("lower staging_bytes") != std::string::npos);
 }
 
 TEST_CASE("one stream waits for another, and a host for an event") {
@@ -181,13 +239,21 @@ TEST_CASE("work on freed memory breaks the context, as on a GPU") {
 
 TEST_CASE("a forked process is told that CUDA does not survive that") {
   const FakeGpu gpu;
+  const uint64_t before = gpu.state().host_bytes;
+  PinnedPool::process().take(gpu.device(), 5000).reset();  // kept
+  auto taken = PinnedPool::process().take(gpu.device(1), 5000);
   int result[2];
   REQUIRE(pipe(result) == 0);
   const pid_t child = fork();
   REQUIRE(child >= 0);
   if (child == 0) {
     const auto [code, message] = error_of([&] { DeviceBuffer(gpu.device(), 64); });
-    const bool good = code == ErrorCode::kDevice && message.find("spawn") != std::string::npos;
+    bool good = code == ErrorCode::kDevice && message.find("spawn") != std::string::npos;
+    // Page-locked memory that was there before: it cannot be taken, and giving it back or up touches nothing.
+    good =
+        good && error_of([] { PinnedPool::process().take(Device::get(0), 64); }).first == ErrorCode::kDevice;
+    taken.reset();
+    PinnedPool::process().release();
     const char answer = good ? 'y' : 'n';
     _exit(write(result[1], &answer, 1) == 1 ? 0 : 1);
   }
@@ -196,8 +262,12 @@ TEST_CASE("a forked process is told that CUDA does not survive that") {
   CHECK(answer == 'y');
   int status = 0;
   waitpid(child, &status, 0);
+  CHECK(WIFEXITED(status));
   close(result[0]);
   close(result[1]);
+  taken.reset();
+  PinnedPool::process().release();  // the parent's are as before
+  CHECK(gpu.state().host_bytes == before);
 }
 
 TEST_CASE("an exported dma-buf covers the range in whole pages") {

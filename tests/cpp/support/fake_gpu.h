@@ -8,7 +8,9 @@
 #include <string>
 #include <vector>
 
+#include "device/cufile.h"
 #include "device/device_memory.h"
+#include "device/pinned_pool.h"
 #include "device/stream.h"
 #include "support/fake_cuda/control.h"
 
@@ -21,11 +23,14 @@ class FakeGpu {
       : driver(Driver::open_process(RDMALOAD_FAKE_CUDA, kImage)),
         library_(dlopen(RDMALOAD_FAKE_CUDA, RTLD_NOW)) {
     function<void(uint64_t)>("fake_cuda_reset")(seed);
-    device(0).copy_stream();  // made once and kept, so not a leak
+    function<void()>("fake_cufile_reset")();
+    PinnedPool::process().release();  // so that a test sees what it locks itself
+    device(0).copy_stream();          // made once and kept, so not a leak
     device(1).copy_stream();
   }
   ~FakeGpu() {
     hold(false);
+    PinnedPool::process().release();
     function<void(uint64_t)>("fake_cuda_reset")(1);
     dlclose(library_);
   }
@@ -52,6 +57,19 @@ class FakeGpu {
     function<void(int, int)>("fake_cuda_set_attribute")(attribute, value);
   }
   void set_memory(uint64_t bytes) const { function<void(uint64_t)>("fake_cuda_set_memory")(bytes); }
+
+  FakeCufileState cufile_state() const {
+    FakeCufileState state{};
+    function<void(FakeCufileState*)>("fake_cufile_state")(&state);
+    return state;
+  }
+  void set_cufile_results(int open, int handle, int buffer) const {
+    function<void(int, int, int)>("fake_cufile_set_results")(open, handle, buffer);
+  }
+  void fail_cufile_read(int nth, int result, int error) const {
+    function<void(int, int, int)>("fake_cufile_fail_read")(nth, result, error);
+  }
+  void set_cufile_longest(size_t bytes) const { function<void(size_t)>("fake_cufile_set_longest")(bytes); }
 
   // What a kernel of a consumer's stream would see now: reads in stream order, then waits for that stream.
   std::vector<std::byte> read(const Device& device, cuda::Pointer from, size_t bytes,

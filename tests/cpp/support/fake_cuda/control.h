@@ -1,6 +1,7 @@
 // How a test steers the fake CUDA driver: functions that it exports beside the driver's own.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 extern "C" {
@@ -11,7 +12,7 @@ struct FakeCudaState {
   uint64_t device_bytes;
   uint64_t peak_device_bytes;  // since the last reset
   uint64_t host_allocations;   // page-locked, not freed
-  uint64_t host_bytes;
+  uint64_t host_bytes;         // page-locked: allocated so, or registered
   uint64_t registrations;
   uint64_t streams;
   uint64_t events;
@@ -38,4 +39,22 @@ void fake_cuda_hold(int held);
 void fake_cuda_set_lenient(int lenient);
 void fake_cuda_set_attribute(int attribute, int value);
 void fake_cuda_set_memory(uint64_t bytes);  // of each device
+
+// The fake cuFile beside it.
+struct FakeCufileState {
+  uint64_t handles;  // that are registered
+  uint64_t buffers;
+  uint64_t reads;  // since the last reset
+  uint64_t read_bytes;
+  uint64_t compat_mode;  // whether the compatibility mode is allowed by what was set last
+};
+
+// Closed again, with the compatibility mode allowed as NVIDIA's default is, and without failures.
+void fake_cufile_reset();
+void fake_cufile_state(FakeCufileState* state);
+// What opening, registering a handle and registering a buffer return from now on; 0 is success.
+void fake_cufile_set_results(int open, int handle, int buffer);
+// The nth read from now on returns `result` with errno `error`.
+void fake_cufile_fail_read(int nth, int result, int error);
+void fake_cufile_set_longest(size_t bytes);  // that one read delivers
 }

@@ -26,6 +26,7 @@
 
 #include "device/cuda_abi.h"
 #include "support/fake_cuda/control.h"
+#include "support/fake_cuda/internal.h"
 #include "support/fake_cuda/kernels.h"
 
 namespace cuda = rdmaload::cuda;
@@ -258,6 +259,22 @@ const std::map<int, std::pair<const char*, const char*>>& error_texts() {
 
 }  // namespace
 
+bool fake_cuda::reached_by_current_device(uintptr_t pointer, size_t bytes) {
+  const int device = current_device();
+  return device >= 0 && reaches(device, pointer, bytes);
+}
+
+void fake_cuda::pause() {
+  Driver& d = driver();
+  unsigned delay = d.delay;
+  if (delay == 0) return;
+  {
+    std::lock_guard lock(d.mutex);
+    delay = static_cast<unsigned>(d.random() % delay);
+  }
+  std::this_thread::sleep_for(std::chrono::microseconds(delay));
+}
+
 #define ENTER(symbol, ...)        \
   Driver& d = driver();           \
   std::unique_lock lock(d.mutex); \
@@ -379,12 +396,14 @@ EXPORT cuMemHostRegister_v2(void* pointer, size_t bytes, unsigned) {
   if (taken) return cuda::kHostMemoryAlreadyRegistered;
   d.ranges[begin] = Range{bytes, false, -1, false};
   ++d.state.registrations;
+  d.state.host_bytes += bytes;
   return 0;
 }
 EXPORT cuMemHostUnregister(void* pointer) {
   ENTER("cuMemHostUnregister");
   const auto found = d.ranges.find(reinterpret_cast<uintptr_t>(pointer));
   if (found == d.ranges.end() || found->second.owned) return cuda::kHostMemoryNotRegistered;
+  d.state.host_bytes -= found->second.size;
   d.ranges.erase(found);
   --d.state.registrations;
   return 0;
