@@ -9,6 +9,8 @@
 #include "bindings/device_destination.h"
 #include "bindings/register.h"
 #include "device/kernels.h"
+#include "device/pinned_pool.h"
+#include "transport/gds_transport.h"
 #include "transport/staged_transport.h"
 
 namespace py = pybind11;
@@ -27,19 +29,10 @@ FloatType float_type(const std::string& name) {
   throw Error(ErrorCode::kInvalid, "no kernel converts " + name);
 }
 
-std::shared_ptr<StagedTransport> make_staged(std::shared_ptr<Transport> source, int device,
-                                             uint64_t read_bytes, uint64_t staging_bytes,
-                                             uint64_t expected_bytes, bool verify_device, bool trace) {
-  StagingOptions options;
-  options.read_bytes = read_bytes;
-  options.staging_bytes = staging_bytes;
-  options.expected_bytes = expected_bytes;
-  options.verify_device = verify_device;
-  options.trace = trace;
-  py::gil_scoped_release release;
-  // Its destruction waits for reads, which may need the GIL; in a forked process there is nobody to wait for.
-  return {new StagedTransport(std::move(source), Device::get(device), options),
-          [maker = getpid()](StagedTransport* doomed) {
+// Its destruction waits for reads, which may need the GIL; in a forked process there is nobody to wait for.
+template <typename T>
+std::shared_ptr<T> abandoned_after_fork(T* transport) {
+  return {transport, [maker = getpid()](T* doomed) {
             if (getpid() != maker) return;
             if (PyGILState_Check() == 0) {
               delete doomed;
@@ -48,6 +41,32 @@ std::shared_ptr<StagedTransport> make_staged(std::shared_ptr<Transport> source, 
             py::gil_scoped_release inner;
             delete doomed;
           }};
+}
+
+std::shared_ptr<StagedTransport> make_staged(std::shared_ptr<Transport> source, int device,
+                                             uint64_t read_bytes, uint64_t staging_bytes,
+                                             uint64_t expected_bytes, uint64_t block_bytes,
+                                             bool verify_device, bool trace) {
+  StagingOptions options;
+  options.read_bytes = read_bytes;
+  options.staging_bytes = staging_bytes;
+  options.expected_bytes = expected_bytes;
+  options.block_bytes = block_bytes;
+  options.verify_device = verify_device;
+  options.trace = trace;
+  py::gil_scoped_release release;
+  return abandoned_after_fork(new StagedTransport(std::move(source), Device::get(device), options));
+}
+
+std::shared_ptr<GdsTransport> make_gds(std::shared_ptr<FileTransport> files,
+                                       std::shared_ptr<StagedTransport> staged, int device,
+                                       uint64_t read_bytes, uint64_t device_bytes) {
+  GdsOptions options;
+  options.read_bytes = read_bytes;
+  options.device_bytes = device_bytes;
+  py::gil_scoped_release release;
+  return abandoned_after_fork(
+      new GdsTransport(std::move(files), std::move(staged), Device::get(device), CuFile::process(), options));
 }
 
 py::dict describe(const StagingCounters& counters) {
@@ -72,6 +91,19 @@ void register_device(py::module_& module) {
         Driver::open_process(library, std::as_bytes(std::span(*kept)));
       },
       py::arg("library"), py::arg("kernels") = py::bytes());
+  module.def("set_cufile_library", &CuFile::set_process_library, py::arg("library"));
+  module.def("cufile_refusal", []() -> std::string {
+    py::gil_scoped_release release;
+    try {
+      CuFile::process();
+      return "";
+    } catch (const Error& error) {
+      return error.what();
+    }
+  });
+  module.def(
+      "release_pinned_memory", [] { PinnedPool::process().release(); },
+      py::call_guard<py::gil_scoped_release>());
   module.def(
       "cuda_device_count", [] { return Driver::process().device_count(); },
       py::call_guard<py::gil_scoped_release>());
@@ -104,7 +136,8 @@ void register_device(py::module_& module) {
 
   py::class_<StagedTransport, Transport, std::shared_ptr<StagedTransport>>(module, "StagedTransport")
       .def(py::init(&make_staged), py::arg("source"), py::kw_only(), py::arg("device"), py::arg("read_bytes"),
-           py::arg("staging_bytes"), py::arg("expected_bytes"), py::arg("verify_device") = false,
+           py::arg("staging_bytes"), py::arg("expected_bytes"),
+           py::arg("block_bytes") = StagingOptions().block_bytes, py::arg("verify_device") = false,
            py::arg("trace") = false)
       .def(
           "follow", [](StagedTransport& self, uint64_t stream) { self.follow(stream_of(stream)); },
@@ -116,6 +149,7 @@ void register_device(py::module_& module) {
                              [](const StagedTransport& self) {
                                return static_cast<uint64_t>(reinterpret_cast<uintptr_t>(self.stream()));
                              })
+      .def_property_readonly("block_bytes", &StagedTransport::block_bytes)
       .def_property_readonly("no_kernels_reason", &StagedTransport::no_kernels_reason)
       .def("staging_counters", [](const StagedTransport& self) { return describe(self.counters()); })
       .def("trace", [](const StagedTransport& self) {
@@ -127,6 +161,11 @@ void register_device(py::module_& module) {
         }
         return list;
       });
+
+  py::class_<GdsTransport, Transport, std::shared_ptr<GdsTransport>>(module, "GdsTransport")
+      .def(py::init(&make_gds), py::arg("files"), py::arg("staged"), py::kw_only(), py::arg("device"),
+           py::arg("read_bytes"), py::arg("device_bytes"))
+      .def_property_readonly("block_bytes", &GdsTransport::block_bytes);
 }
 
 }  // namespace rdmaload::bindings

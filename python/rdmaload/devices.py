@@ -11,6 +11,7 @@ recorded on our stream, so that torch does not give its memory to somebody else 
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 from collections.abc import Sequence
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 __all__ = ["DeviceAllocator", "DeviceRoad", "TorchAllocator", "allocator", "checked_device", "open_road"]
 
 _log = logging.getLogger("rdmaload")
+
+# Kept between loads; the driver may be gone after the end of main.
+atexit.register(_core.release_pinned_memory)
 
 _FLOATS = {"torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float32": "F32"}
 
@@ -147,17 +151,42 @@ class DeviceRoad:
     ) -> None:
         self._devices = allocator()
         self._ordinal = ordinal
-        self.transport = _core.StagedTransport(
+        # A quarter each, at most, for what the roads need themselves; tensors on their way have the rest.
+        part = options.device_extra_bytes // 4
+        self.staged = _core.StagedTransport(
             source,
             device=ordinal,
             read_bytes=read_bytes,
             staging_bytes=options.staging_bytes,
             expected_bytes=expected_bytes,
+            block_bytes=part,
             verify_device=options.verify_device == "on",
             trace=trace,
         )
-        self.extra_bytes = options.device_extra_bytes
+        self.transport: _core.Transport = self.staged
+        """What reads are submitted to."""
+        self.extra_bytes = options.device_extra_bytes - self.staged.block_bytes
+        self.direct_refusal = ""
+        """Why GPUDirect Storage is not used, where files could have been read so."""
+        if isinstance(source, _core.FileTransport) and options.file_io != "buffered" and options.gds == "auto":
+            try:
+                gds = _core.GdsTransport(source, self.staged, device=ordinal, read_bytes=read_bytes, device_bytes=part)
+            except NotSupportedError as error:
+                self.direct_refusal = str(error)
+            else:
+                self.transport = gds
+                self.extra_bytes -= gds.block_bytes
         self.queued_bytes = max(options.staging_bytes, 2 * read_bytes)
+
+    @property
+    def path(self) -> str:
+        """For `stats.path`: it is known only while files are read, which way they go."""
+        return self.transport.path
+
+    @property
+    def fallback_reason(self) -> str:
+        """Why a faster way was not taken; empty when none was given up."""
+        return self.transport.fallback_reason or (self.direct_refusal if "file-direct" in self.path else "")
 
     def empty(self, spec: TensorSpec) -> torch.Tensor:
         """A tensor for what is stored."""
@@ -166,15 +195,15 @@ class DeviceRoad:
 
     def destinations(self, tensors: Sequence[torch.Tensor]) -> list[_core.DeviceDestination]:
         """The memory of contiguous tensors of this device, for reads that are submitted from now on."""
-        self.transport.follow(self._devices.current_stream(self._ordinal))
+        self.staged.follow(self._devices.current_stream(self._ordinal))
         return [_core.DeviceDestination(tensor.data_ptr(), tensor.nbytes, tensor) for tensor in tensors]
 
     def hand_out(self, tensors: Sequence[torch.Tensor]) -> None:
         """Let torch's current stream use what has arrived in these tensors."""
-        self.transport.lead(self._devices.current_stream(self._ordinal))
+        self.staged.lead(self._devices.current_stream(self._ordinal))
         for tensor in tensors:
             if tensor.nbytes:
-                self._devices.record_stream(tensor, self._ordinal, self.transport.stream)
+                self._devices.record_stream(tensor, self._ordinal, self.staged.stream)
 
     def converted(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The tensor in another floating-point type; by a kernel on torch's current stream, or by torch."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rdmaload import _core
 from rdmaload.devices import DeviceRoad, allocator
-from rdmaload.reader import StoreReader, Tick
+from rdmaload.reader import Batch, StoreReader, Tick
 from rdmaload.report import Report
 from rdmaload.selection import RankTensors, placed_tensors, plans_of
 from rdmaload.stats import LoadStats
@@ -62,21 +64,23 @@ class Filling:
         in_place = sorted(self._in_place.items(), key=_host_first) or [(None, {})]
         plans = [reader.plan(self._weights.native, list(names), into_tensors=True) for _, names in in_place]
         staged_bytes = sum(self._nbytes(names) for names in self._staged.values())
-        tick = report.expect(sum(plan.read_bytes for plan in plans) + staged_bytes)
-        done = 0
-        for plan, (place, names) in zip(plans, in_place, strict=True):
-            self._run_in_place(reader, plan, stats, _shifted(tick, done), names, roads.get(place))
-            done += plan.read_bytes
-        for place, names in sorted(self._staged.items(), key=_host_first):
-            road = roads.get(place)
-            limit = window_bytes if road is None else road.extra_bytes
-            # What is larger than the bound on a device goes through host memory, and from there in slices.
-            large = {position: names[position] for position in names if road and self._size(position) > limit}
-            small = {position: names[position] for position in names if position not in large}
-            self._run_staged(reader, stats, _shifted(tick, done), small, limit, road)
-            done += self._nbytes(small)
-            self._run_staged(reader, stats, _shifted(tick, done), large, window_bytes, None, slice_bytes=limit)
-            done += self._nbytes(large)
+        direct_bytes = sum(plan.read_bytes for plan in plans)
+        tick = report.expect(direct_bytes + staged_bytes)
+        self._run_in_place(reader, stats, tick, list(zip(plans, in_place, strict=True)), roads)
+        done = _Progress(tick, direct_bytes)
+        # Every device's window is read ahead while another's tensors are copied: in turns, a batch each.
+        parts = deque(
+            self._run_staged(reader, stats, done.part(), names, place, window_bytes, roads)
+            for place, names in sorted(self._staged.items(), key=_host_first)
+        )
+        try:
+            while parts:
+                part = parts.popleft()
+                if next(part, None) is not None:
+                    parts.append(part)
+        finally:
+            for part in parts:
+                part.close()
 
     def _size(self, position: int) -> int:
         return self._weights.specs[position].nbytes
@@ -102,30 +106,71 @@ class Filling:
     def _run_in_place(
         self,
         reader: StoreReader,
-        plan: _core.LoadPlan,
+        stats: LoadStats,
+        tick: Tick | None,
+        chosen: Sequence[tuple[_core.LoadPlan, tuple[int | None, _Names]]],
+        roads: Mapping[int | None, DeviceRoad],
+    ) -> None:
+        """All devices, and the host, at once. When one fails the others are cancelled, and nothing writes any more."""
+        before, begin = stats.stages.get("read", 0.0), time.perf_counter()
+        batches: list[Batch] = []
+        done = _Progress(tick, 0)
+        failure: BaseException | None = None
+        try:
+            for plan, (place, names) in chosen:
+                targets = [self._targets[tied[0]] for tied in names.values()]
+                road = roads.get(place)
+                if road is None:
+                    memory = [
+                        import_target(tied[0], self._targets[tied[0]], self._size(p)) for p, tied in names.items()
+                    ]
+                    batches.append(reader.start(plan, memory))
+                else:
+                    batches.append(reader.start(plan, road.destinations(targets), road=road, tensors=targets))
+        except BaseException as error:
+            failure = error
+        ticks = [done.part() for _ in batches]
+        for batch, (plan, (_, names)), batch_tick in zip(batches, chosen, ticks, strict=False):
+            if failure is not None:
+                batch.operation.cancel()
+            try:
+                reader.finish(batch, stats, batch_tick)
+                if batch.road is not None:
+                    batch.road.hand_out(batch.tensors)
+                stats.bytes += plan.wanted_bytes
+            except BaseException as error:  # of what was cancelled, the first error is the one that counts
+                failure = failure or error
+            unfinished = set(batch.operation.unfinished_regions())
+            for region, tied in enumerate(names.values()):
+                self.loaded += tied if region not in unfinished else []
+        stats.stages["read"] = before + time.perf_counter() - begin  # they ran beside each other
+        if failure is not None:
+            raise failure
+
+    def _run_staged(
+        self,
+        reader: StoreReader,
         stats: LoadStats,
         tick: Tick | None,
         chosen: _Names,
-        road: DeviceRoad | None,
-    ) -> None:
-        targets = [self._targets[names[0]] for names in chosen.values()]
+        place: int | None,
+        window_bytes: int,
+        roads: Mapping[int | None, DeviceRoad],
+    ) -> Generator[bool, None, None]:
+        """Fill what is not received in place; yields after every batch."""
+        road = roads.get(place)
         if road is None:
-            batch = reader.start(
-                plan, [import_target(names[0], self._targets[names[0]], self._size(p)) for p, names in chosen.items()]
-            )
-        else:
-            batch = reader.start(plan, road.destinations(targets), road=road, tensors=targets)
-        try:
-            reader.finish(batch, stats, tick)
-            if road is not None:
-                road.hand_out(targets)
-        finally:
-            unfinished = set(batch.operation.unfinished_regions())
-            for region, tied in enumerate(chosen.values()):
-                self.loaded += tied if region not in unfinished else []
-        stats.bytes += plan.wanted_bytes
+            yield from self._run_window(reader, stats, tick, chosen, window_bytes, None)
+            return
+        limit = max(1, road.extra_bytes)
+        # What is larger than the bound on a device goes through host memory, and from there in slices.
+        large = {position: names for position, names in chosen.items() if self._size(position) > limit}
+        small = {position: names for position, names in chosen.items() if position not in large}
+        yield from self._run_window(reader, stats, tick, small, limit, road)
+        later = _shifted(tick, self._nbytes(small))
+        yield from self._run_window(reader, stats, later, large, window_bytes, None, slice_bytes=limit)
 
-    def _run_staged(
+    def _run_window(
         self,
         reader: StoreReader,
         stats: LoadStats,
@@ -134,7 +179,7 @@ class Filling:
         window_bytes: int,
         road: DeviceRoad | None,
         slice_bytes: int | None = None,
-    ) -> None:
+    ) -> Generator[bool, None, None]:
         import torch
 
         plans = plans_of(reader, self._weights, sorted(chosen), window_bytes, into_tensors=road is not None)
@@ -148,13 +193,40 @@ class Filling:
             road=road,
             empty=None if road is None else lambda plan: [road.empty(specs[p]) for p, _, _ in plan.placements()],
         )
-        for batch in batches:
-            for position, name, tensor in placed_tensors(batch, self._weights, chosen):
-                with torch.no_grad():
-                    _copy(self._targets[name], tensor, slice_bytes)
-                self.loaded.append(name)
-                stats.bytes += self._size(position)
-                stats.copied_bytes += self._size(position) if road is None else 0
+        try:
+            for batch in batches:
+                for position, name, tensor in placed_tensors(batch, self._weights, chosen):
+                    with torch.no_grad():
+                        _copy(self._targets[name], tensor, slice_bytes)
+                    self.loaded.append(name)
+                    stats.bytes += self._size(position)
+                    stats.copied_bytes += self._size(position) if road is None else 0
+                yield True
+        finally:
+            batches.close()  # type: ignore[attr-defined]  # a generator: stops reading at once
+
+
+class _Progress:
+    """Bytes of several parts that run beside each other, as one count."""
+
+    def __init__(self, tick: Tick | None, before: int) -> None:
+        self._tick = tick
+        self._before = before
+        self._parts: list[int] = []
+
+    def part(self) -> Tick | None:
+        """The tick of one more part."""
+        if self._tick is None:
+            return None
+        number = len(self._parts)
+        self._parts.append(0)
+
+        def tick(done: int) -> None:
+            assert self._tick is not None
+            self._parts[number] = done
+            self._tick(self._before + sum(self._parts))
+
+        return tick
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor, slice_bytes: int | None) -> None:

@@ -191,6 +191,8 @@ class Options:
     """GPU memory for tensors that are converted or rearranged on their way to where they belong."""
     verify_device: Literal["on", "off"] = _option(_one_of("on", "off"), "off")
     """"on" computes checksums again in GPU memory, so that the way there is verified too."""
+    gds: Literal["auto", "off"] = _option(_one_of("auto", "off"), "auto")
+    """"auto" reads cold local files into GPU memory by GPUDirect Storage where that is direct; "off" never does."""
     username: str | None = _option(_text, None)
     """User at the store; None = its default user."""
     password: str | None = _option(_text, None, secret=True)

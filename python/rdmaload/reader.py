@@ -56,8 +56,8 @@ class Batch:
     operation: _core.LoadOperation
     tensors: Sequence[torch.Tensor] = ()
     """On a GPU: those that the destinations are the memory of, one per selected tensor."""
-    is_staged: bool = False
-    """The bytes go to a GPU through page-locked buffers."""
+    road: DeviceRoad | None = None
+    """The way to the GPU that the destinations are on."""
 
     @property
     def arenas(self) -> Sequence[_core.HostArena]:
@@ -222,7 +222,7 @@ class StoreReader:
                 raise self._closed_error()
             self._started.add(operation)
         operation.start()
-        return Batch(plan, destinations, operation, tensors, is_staged=road is not None)
+        return Batch(plan, destinations, operation, tensors, road)
 
     def finish(self, batch: Batch, stats: LoadStats, tick: Tick | None = None) -> None:
         """Wait until everything has arrived and is verified; add what it took to `stats`. Raises the first error."""
@@ -330,9 +330,10 @@ class StoreReader:
             self.timeline.path = "" if transport is None else transport.path
         if transport is not None:
             # The source's part is known only now: files are read in ways that are chosen as they are opened.
-            stats.path = transport.path + ("+staged-gpu" if batch.is_staged else "")
+            way = batch.road or transport
+            stats.path = way.path
             stats.connections = transport.connections
-            self._note_fallback(transport.fallback_reason or self._connector.fallback_reason, stats)
+            self._note_fallback(way.fallback_reason or self._connector.fallback_reason, stats)
         stats.generation = self._generation
         stats.retries += counters["retries"]
         stats.verified_bytes += counters["verified_bytes"]

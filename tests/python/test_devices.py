@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +18,10 @@ from safetensors.torch import load_file, save_file
 
 import rdmaload
 from benchmarks import device as device_benchmark
-from rdmaload import devices
+from rdmaload import _core, devices
 from rdmaload.cli.host_checks import host_checks
-from rdmaload.errors import DeviceError
+from rdmaload.errors import DeviceError, PartialLoadError
+from rdmaload.reader import Batch, StoreReader
 from tests.support.checkpoints import Checkpoint
 from tests.support.fake_gpu import FakeGpu
 
@@ -28,12 +31,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     """The fake in place of torch's allocator; nothing of the test may be left in it."""
     fake = FakeGpu()
     monkeypatch.setattr(devices, "allocator", lambda: fake)
+    _core.release_pinned_memory()
     before = fake.state()
     yield fake
     gc.collect()
+    _core.release_pinned_memory()
     after = fake.state()
     fake.close()
-    for what in ("device_allocations", "host_allocations", "events"):
+    for what in ("device_allocations", "host_allocations", "registrations", "events"):
         assert after[what] == before[what], f"{what} left behind"
 
 
@@ -165,6 +170,176 @@ def test_existing_tensors_on_two_devices_and_the_host_are_filled(gpu: FakeGpu, s
     assert stats.bytes == sum(tensor.nbytes for tensor in expected.values())
 
 
+def test_every_device_is_read_for_before_any_is_waited_for(
+    gpu: FakeGpu, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = stored(small)
+    targets = {
+        name: torch.empty_like(tensor) if number % 3 == 2 else gpu.empty(tensor.shape, tensor.dtype, number % 3)
+        for number, (name, tensor) in enumerate(expected.items())
+    }
+    calls: list[str] = []
+    start, finish = StoreReader.start, StoreReader.finish
+
+    def started(self: StoreReader, *args: Any, **keywords: Any) -> Batch:
+        calls.append("start")
+        return start(self, *args, **keywords)
+
+    def finished(self: StoreReader, *args: Any) -> None:
+        calls.append("finish")
+        finish(self, *args)
+
+    monkeypatch.setattr(StoreReader, "start", started)
+    monkeypatch.setattr(StoreReader, "finish", finished)
+    progress: list[int] = []
+    with rdmaload.open(small) as model:
+        stats = model.load_into(targets, progress=lambda now: progress.append(now.bytes_done))
+    assert calls == ["start"] * 3 + ["finish"] * 3
+    assert progress == sorted(progress)
+    assert stats.path == "file-buffered+staged-gpu"
+    for name, tensor in expected.items():
+        on_device = gpu.ordinal_of(targets[name]) is not None
+        assert same(gpu.seen(targets[name]) if on_device else targets[name], tensor), name
+
+
+def test_an_error_on_one_device_ends_the_load_on_all(gpu: FakeGpu, small: Path) -> None:
+    expected = stored(small)
+    targets = {
+        name: gpu.empty(tensor.shape, tensor.dtype, number % 2)
+        for number, (name, tensor) in enumerate(expected.items())
+    }
+    with rdmaload.open(small) as model:
+        gpu.fail_call("cuEventRecord", 3)
+        with pytest.raises(PartialLoadError, match="CUDA_ERROR_OUT_OF_MEMORY") as raised:
+            model.load_into(targets)
+        for name in raised.value.loaded:
+            assert same(gpu.seen(targets[name]), expected[name]), name
+        del raised
+        model.load_into(targets)
+    for name, tensor in expected.items():
+        assert same(gpu.seen(targets[name]), tensor), name
+
+
+def test_windows_of_two_devices_stay_bounded_each(gpu: FakeGpu, small: Path) -> None:
+    expected = {name: tensor for name, tensor in stored(small).items() if tensor.is_floating_point()}
+    targets = {
+        name: gpu.empty(tensor.shape, torch.float64, number % 2)
+        for number, (name, tensor) in enumerate(expected.items())
+    }
+    gpu.reset_peak()
+    before = gpu.state()["device_bytes"]
+    rdmaload.load_into(targets, small, cast=True, strict=False, device_extra_bytes=400_000)
+    assert 0 < gpu.state()["peak_device_bytes"] - before <= 2 * 400_000
+    for name, tensor in expected.items():
+        assert torch.equal(gpu.seen(targets[name]), tensor.to(torch.float64)), name
+
+
+def test_extra_device_memory_has_a_bound_for_blocks_too(gpu: FakeGpu, tmp_path: Path, model: str) -> None:
+    tensors = {f"t{number}": torch.full((777,), number % 251, dtype=torch.uint8) for number in range(4000)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    url = f"memory://devices/{model}"
+    rdmaload.save(tmp_path, url, chunk_bytes=200_000)
+    targets = {name: gpu.empty(tensor.shape, torch.int64, 0) for name, tensor in tensors.items()}
+    gpu.reset_peak()
+    before = gpu.state()
+    rdmaload.load_into(targets, url, cast=True, device_extra_bytes=1_200_000, verify_device="on")
+    after = gpu.state()
+    assert after["launches"] > before["launches"]
+    assert 200_000 < after["peak_device_bytes"] - before["device_bytes"] <= 1_200_000
+    assert all(torch.equal(gpu.seen(targets[name]), tensor.to(torch.int64)) for name, tensor in tensors.items())
+
+
+@pytest.fixture
+def direct_storage(gpu: FakeGpu) -> Iterator[FakeGpu]:
+    """The fake cuFile for this test; any other test has none."""
+    gpu.open_cufile()
+    yield gpu
+    gpu.close_cufile()
+
+
+def test_cold_files_go_to_the_device_by_cufile(direct_storage: FakeGpu, small: Path) -> None:
+    gpu = direct_storage
+    gpu.late_fills = True
+    stats = rdmaload.LoadStats()
+    loaded = rdmaload.load(small, device="cuda:0", stats=stats, file_io="direct")
+    assert stats.path == "file-gds"
+    assert stats.fallback_reason is None
+    assert stats.copied_bytes == 0
+    for name, tensor in stored(small).items():
+        assert same(gpu.seen(loaded[name]), tensor), name
+    rdmaload.load(small, device="cuda:0", stats=stats, file_io="direct", gds="off")
+    assert stats.path == "file-direct+staged-gpu"
+    rdmaload.load(small, device="cuda:0", stats=stats)  # small files are not worth it
+    assert stats.path == "file-buffered+staged-gpu"
+
+
+def test_two_devices_fill_by_cufile_within_their_memory(direct_storage: FakeGpu, small: Path) -> None:
+    gpu = direct_storage
+    expected = stored(small)
+    targets = {
+        name: gpu.empty(tensor.shape, tensor.dtype, number % 2)
+        for number, (name, tensor) in enumerate(expected.items())
+    }
+    gpu.reset_peak()
+    before = gpu.state()["device_bytes"]
+    stats = rdmaload.load_into(targets, small, file_io="direct", device_extra_bytes=16_000_000)
+    assert stats.path == "file-gds"
+    assert gpu.state()["peak_device_bytes"] - before <= 2 * 16_000_000
+    for name, tensor in expected.items():
+        assert same(gpu.seen(targets[name]), tensor), name
+
+
+def test_without_cufile_direct_reads_say_so(gpu: FakeGpu, small: Path) -> None:
+    stats = rdmaload.LoadStats()
+    loaded = rdmaload.load(small, device="cuda:0", stats=stats, file_io="direct")
+    assert stats.path == "file-direct+staged-gpu"
+    assert stats.fallback_reason is not None
+    assert "no GPUDirect Storage" in stats.fallback_reason
+    for name, tensor in stored(small).items():
+        assert same(gpu.seen(loaded[name]), tensor), name
+
+
+def test_page_locked_memory_is_kept_for_the_next_load(gpu: FakeGpu, small: Path) -> None:
+    base = gpu.state()["host_bytes"]
+    rdmaload.load(small, device="cuda:0")
+    kept = gpu.state()["host_bytes"] - base
+    assert 0 < kept <= 128 << 20
+    gpu.fail_call("cuMemHostRegister_v2", 1)  # not asked again
+    gpu.fail_call("cuMemHostAlloc", 1)
+    rdmaload.load(small, device="cuda:0")
+    assert gpu.state()["host_bytes"] - base == kept
+    gpu.fail_call("cuMemHostRegister_v2", 0)
+    gpu.fail_call("cuMemHostAlloc", 0)
+    _core.release_pinned_memory()
+    assert gpu.state()["host_bytes"] == base
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_process_is_refused_and_ends_cleanly(gpu: FakeGpu, small: Path) -> None:
+    with rdmaload.open(small) as model:
+        first = model.load(device="cuda:0")  # a ring is kept from it
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                rdmaload.load(small, device="cuda:0")
+            except DeviceError as error:
+                code = 0 if "spawn" in str(error) else 2
+            except BaseException:
+                code = 3
+            try:
+                _core.release_pinned_memory()
+                model.close()
+            except BaseException:
+                code = 4
+            os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        again = model.load(device="cuda:0")
+    for name, tensor in stored(small).items():
+        assert same(gpu.seen(first[name]), tensor), name
+        assert same(gpu.seen(again[name]), tensor), name
+
+
 def test_cast_and_strided_targets_take_bounded_extra_memory(gpu: FakeGpu, small: Path) -> None:
     expected = stored(small)
     targets = {}
@@ -186,6 +361,8 @@ def test_cast_and_strided_targets_take_bounded_extra_memory(gpu: FakeGpu, small:
 def test_a_driver_error_is_named_and_the_next_load_works(gpu: FakeGpu, small: Path, call: str) -> None:
     with rdmaload.open(small, staging_bytes=300_000) as model:
         gpu.fail_call(call, 1)
+        if call == "cuMemHostAlloc":  # which is asked only where memory cannot be registered
+            gpu.fail_call("cuMemHostRegister_v2", 1)
         with pytest.raises(DeviceError, match="CUDA_ERROR_OUT_OF_MEMORY") as raised:
             model.load(device="cuda:0")
         del raised
@@ -251,17 +428,89 @@ def test_real_devices_get_the_same_bytes(small: Path, model: str, dtype: torch.d
         assert same(loaded[name].cpu(), expected), name
 
 
-def test_the_benchmark_compares_and_shows_overlap(gpu: FakeGpu, small: Path) -> None:
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("gds", ["auto", "off"])
+def test_real_devices_get_files_past_the_page_cache(small: Path, gds: str) -> None:
+    stats = rdmaload.LoadStats()
+    loaded = rdmaload.load(small, device="cuda:0", file_io="direct", gds=gds, stats=stats)
+    ways = {"file-direct+staged-gpu", "file-buffered+staged-gpu", *(["file-gds"] if gds == "auto" else [])}
+    assert stats.path in ways
+    assert stats.path == "file-gds" or stats.fallback_reason or gds == "off"
+    for name, tensor in stored(small).items():
+        assert same(loaded[name].cpu(), tensor), name
+
+
+@pytest.mark.needs_cuda
+def test_real_modules_are_filled_in_place_on_every_device(small: Path) -> None:
+    expected = stored(small)
+    count = torch.cuda.device_count()
+    targets = {
+        name: torch.empty_like(tensor, device=f"cuda:{number % count}")
+        for number, (name, tensor) in enumerate(expected.items())
+    }
+    for number in range(count):
+        torch.cuda.reset_peak_memory_stats(number)
+    before = [torch.cuda.memory_allocated(number) for number in range(count)]
+    rdmaload.load_into(targets, small)
+    assert [torch.cuda.max_memory_allocated(number) for number in range(count)] == before
+    assert all(same(targets[name].cpu(), expected[name]) for name in expected)
+    wide = {name: torch.empty(t.shape, dtype=torch.float64, device="cuda:0") for name, t in expected.items()}
+    torch.cuda.reset_peak_memory_stats(0)
+    allocated = torch.cuda.memory_allocated(0)
+    rdmaload.load_into(wide, small, cast=True, device_extra_bytes=1_000_000)
+    assert torch.cuda.max_memory_allocated(0) - allocated <= 1_000_000 + 512 * len(expected)  # torch's granularity
+    assert all(torch.equal(wide[name].cpu(), expected[name].to(torch.float64)) for name in expected)
+
+
+@pytest.mark.needs_cuda
+def test_real_iterators_hold_no_more_than_their_window(small: Path) -> None:
+    expected = stored(small)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats(0)
+    before = torch.cuda.memory_allocated(0)
+    for name, tensor in rdmaload.weight_iterator(small, device="cuda:0", window_bytes=400_000):
+        assert same(tensor.cpu(), expected[name]), name
+        del tensor
+    assert torch.cuda.max_memory_allocated(0) - before <= 400_000 + 160_000 + 512 * len(expected)
+
+
+def test_the_benchmark_measures_every_part(gpu: FakeGpu, small: Path) -> None:
     nbytes = sum(tensor.nbytes for tensor in stored(small).values())
-    with device_benchmark.sources(small, False) as urls:
-        for url in urls.values():
-            result = device_benchmark.compare(
-                url, small, nbytes, torch.device("cuda", 0), None, 2, time.monotonic() + 60
-            )
-            assert len(result["rdmaload"]["runs"]) == len(result["source"]["runs"]) == 2
-            assert result["share_of_limit"] > 0
-            assert result["timeline"]["reads"] == len(result["timeline"]["events"]) > 0
-            assert 0 <= result["timeline"]["overlapped_share_of_copying"] <= 1
+    reported: list[str] = []
+    result = device_benchmark.measure(
+        small,
+        nbytes,
+        torch.device("cuda", 0),
+        None,
+        rounds=2,
+        seconds=120,
+        stagings=[200_000, 400_000],
+        pieces=[50_000, 100_000],
+        report=lambda part: reported.append(json.dumps(part)),
+    )
+    assert len(reported) == 10
+    for kind, path in {
+        "file": "file-buffered",
+        "server": "resp-tcp",
+        "redis": "resp-tcp",
+        "python": "python",
+        "file_cold": "file-buffered",
+    }.items():
+        row = result[kind]
+        assert row["path"] == f"{path}+staged-gpu"
+        assert len(row["rdmaload"]["runs"]) == len(row["source"]["runs"]) == 2
+        assert row["rdmaload"]["share_of_limit"] > 0
+        assert row["timeline"]["reads"] == len(row["timeline"]["events"]) > 0
+        assert 0 <= row["timeline"]["overlapped_share_of_copying"] <= 1
+    assert [(row["read_bytes"], row["staging_bytes"]) for row in result["staging_file"]] == [
+        (50_000, 200_000),
+        (50_000, 400_000),
+        (100_000, 200_000),
+        (100_000, 400_000),
+    ]
+    assert len(result["staging_server"]) == 2
+    assert result["all_devices"]["devices"] == 2
+    assert result["page_locking"]["kept_seconds"] > 0
     assert device_benchmark.union([(0, 2), (1, 3), (5, 6), (5, 5.5)]) == 4
 
 
