@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rdmaload import _core
-from rdmaload.devices import DeviceRoad, allocator
+from rdmaload import _core, devices
+from rdmaload.devices import DeviceRoad
 from rdmaload.reader import Batch, StoreReader, Tick
 from rdmaload.report import Report
 from rdmaload.selection import RankTensors, placed_tensors, plans_of
@@ -52,7 +52,7 @@ class Filling:
             first.append(name)
             return
         is_free = self._targets.claim(name)
-        place = allocator().ordinal_of(self._targets[name])
+        place = devices.allocator().ordinal_of(self._targets[name])
         if direct and first is None and is_free:
             self._first[position] = self._in_place.setdefault(place, {})[position] = [name]
         else:
@@ -201,6 +201,8 @@ class Filling:
                     self.loaded.append(name)
                     stats.bytes += self._size(position)
                     stats.copied_bytes += self._size(position) if road is None else 0
+                    del tensor
+                del batch  # its memory is free before more is asked for
                 yield True
         finally:
             batches.close()  # type: ignore[attr-defined]  # a generator: stops reading at once

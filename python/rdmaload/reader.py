@@ -279,10 +279,12 @@ class StoreReader:
                         batch = self.start(
                             waiting, road.destinations(tensors), deadline=deadline, road=road, tensors=tensors
                         )
+                        del tensors
                     else:
                         arenas = [_take(spare, nbytes) for nbytes in waiting.region_bytes]
                         batch = self.start(waiting, arenas, deadline=deadline)
                     ahead.append(batch)
+                    del batch
                     ahead_bytes += waiting.wanted_bytes
                     waiting = next(plans, None)
                 batch = ahead[0]
@@ -295,6 +297,7 @@ class StoreReader:
                 ahead_bytes -= batch.plan.wanted_bytes
                 if reuse:
                     spare.extend(batch.arenas)
+                del batch  # its memory is free before more is asked for
         finally:
             for batch in ahead:
                 batch.operation.cancel()
