@@ -13,13 +13,13 @@
 #include <array>
 #include <chrono>
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <optional>
 #include <span>
-#include <vector>
+#include <string>
 
 #include "memory/host_arena.h"
+#include "transport/rdma/fixed_queue.h"
 #include "transport/rdma/queue_pair.h"
 
 namespace rdmaload::rdma {
@@ -37,6 +37,7 @@ struct ChannelOptions {
   Side side = Side::kClient;
   // Registered memory that try_send() copies through.
   size_t send_buffer_bytes = size_t{128} << 10;
+  std::chrono::milliseconds keepalive_interval = kKeepaliveInterval;  // of a server
 };
 
 class Channel {
@@ -86,16 +87,18 @@ class Channel {
   // too); without one it has no completion of its own.
   bool try_write(std::span<const std::byte> bytes, uint32_t key, uint64_t remote_address, uint32_t remote_key,
                  std::optional<uint64_t> id);
-  // Ids that were completed since the last call, oldest first; how many.
+  // Ids that were completed since the last call, oldest first; how many. Ids that nobody takes count towards
+  // the kSendDepth that may be under way.
   size_t take_completed(std::span<uint64_t> ids);
   // Bytes of the stream that were taken so far: a position in it.
   uint64_t total_sent() const noexcept { return total_sent_; }
   // The peer has answered everything up to this position of our stream. A client must say so as replies come:
   // kMaxUnansweredSends without it stop try_send(). (A server need not: its peer makes it wait instead.)
   void answered(uint64_t position) noexcept;
-  // Whether everything that was sent has been acknowledged by the peer's card. A server that wants to close
-  // asks for it first.
-  bool send_queue_empty() const noexcept;
+  // `id` is completed when the peer's card has acknowledged all that was sent and written before: who wants
+  // to close without losing a reply waits for it. It goes out as a keep-alive. False when there is no room
+  // now.
+  bool try_fence(uint64_t id);
 
   // --- both
 
@@ -105,7 +108,7 @@ class Channel {
   bool turn(std::chrono::milliseconds time);
   // For a loop of its own: true when it may sleep on descriptors() until then, else call turn(0) again.
   bool arm() { return queue_pair_->arm(); }
-  std::vector<int> descriptors() const { return queue_pair_->descriptors(); }
+  std::array<int, 2> descriptors() const noexcept { return queue_pair_->descriptors(); }
   // A server's next keep-alive is due then; never for a client.
   Clock::time_point next_due() const noexcept;
 
@@ -126,20 +129,60 @@ class Channel {
   const Counters& counters() const noexcept { return counters_; }
 
  private:
+  using Control = std::array<std::byte, kControlBytes>;
   struct PeerWindow {
-    uint64_t address;
-    uint32_t length;
-    uint32_t key;
-    uint32_t used;
+    uint64_t address = 0;
+    uint32_t length = 0;
+    uint32_t key = 0;
+    uint32_t used = 0;
   };
-  // implementation follows
-  std::unique_ptr<QueuePair> queue_pair_;
+  struct Signaled {
+    uint64_t buffer_end = 0;  // the send buffer is free up to here once it has completed
+    std::optional<uint64_t> id;
+  };
+
+  bool progress();
+  void handle(const Completion& completion);
+  void handle_control(std::span<const std::byte> message);
+  void handle_stream(const Completion& completion);
+  void repost(uint64_t slot);
+  void send_due_control();
+  bool post_control(const Control& message, std::optional<uint64_t> id);
+  size_t stream_room() const noexcept;
+  void post_stream(std::span<const std::byte> bytes, std::optional<uint32_t> key, std::optional<uint64_t> id);
+  bool ids_full() const noexcept;
+  bool sign(std::optional<uint64_t> id);
+  std::span<std::byte> buffer_space(size_t bytes) noexcept;
+  Error broken(const std::string& what) const;
+
+  // What a card may still write to or read from is declared before the queue pair, so that it ends after it.
+  const Side side_;
+  const std::chrono::milliseconds keepalive_interval_;
+  HostArena receive_memory_;
+  HostArena send_memory_;
+  std::unique_ptr<MemoryRegion> receive_region_;
+  std::unique_ptr<MemoryRegion> send_region_;
+  const std::unique_ptr<QueuePair> queue_pair_;
+
   uint64_t received_ = 0;
   uint32_t window_length_ = 0;
   uint64_t total_received_ = 0;
-  uint64_t total_sent_ = 0;
-  std::optional<PeerWindow> peer_window_;
   Clock::time_point last_heard_;
+
+  std::optional<PeerWindow> peer_window_;
+  uint64_t total_sent_ = 0;
+  FixedQueue<uint64_t> unanswered_{kReceiveDepth};  // a client's: the position in the stream behind each send
+  uint64_t buffer_head_ = 0;                        // of the send buffer, as positions that only grow
+  uint64_t buffer_tail_ = 0;
+  uint64_t buffer_signaled_ = 0;  // the head at the last signaled request
+  size_t unsignaled_ = 0;
+  FixedQueue<Signaled> signaled_{kSendDepth};
+  FixedQueue<uint64_t> completed_{kSendDepth};
+  size_t ids_under_way_ = 0;  // in signaled_
+
+  std::optional<Control> due_announcement_;
+  std::optional<Control> due_features_;
+  Clock::time_point keepalive_due_ = Clock::time_point::max();
   Counters counters_;
 };
 

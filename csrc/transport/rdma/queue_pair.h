@@ -7,6 +7,7 @@
 // Listener::accept gives a queue pair that is not connected; its owner posts receives; start() connects.
 #pragma once
 
+#include <array>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -14,7 +15,6 @@
 #include <optional>
 #include <span>
 #include <string>
-#include <vector>
 
 #include "core/deadline.h"
 #include "core/error.h"
@@ -98,7 +98,8 @@ class QueuePair {
 
   // Work requests. They throw kUnavailable when the connection is lost or closed, kInvalid when the queue is
   // full (look at send_room() first). What the spans name stays valid until the completion, but for inlined
-  // bytes. Receives are posted before start() or after it.
+  // bytes. Receives are posted before start() or after it; on a lost connection they are accepted, so that
+  // what came before can still be taken.
   virtual void post_receive(uint64_t id, std::span<std::byte> memory, uint32_t key) = 0;
   // `key`: of the registration that the bytes lie in; nullopt inlines them: they are copied by this call, at
   // most inline_bytes(). Unsignaled requests have no completion unless they fail; their place in the queue is
@@ -118,12 +119,15 @@ class QueuePair {
   // Sleeps until there is something to poll(), the connection is established, or the time is over (false).
   // Throws kUnavailable when the peer refused, is gone or has closed, and all that came before was polled.
   bool wait(std::chrono::milliseconds time);
+  // The same, but for completions: what handle_events() notices alone ends it.
+  bool wait_for_events(std::chrono::milliseconds time);
 
   // The parts of wait(), for a loop that sleeps on many descriptors: sleep while arm() is true and none of
   // descriptors() is readable, then handle_events(), then poll() until it gives 0.
-  virtual bool arm() = 0;            // false: poll() has something. Throws as wait().
-  virtual void handle_events() = 0;  // never blocks; throws kUnavailable as wait()
-  virtual std::vector<int> descriptors() const = 0;
+  virtual bool arm() = 0;  // false: poll() has something. Throws as wait().
+  // Never blocks. Throws kUnavailable when connecting failed; what is lost later arm() and wait() say.
+  virtual void handle_events() = 0;
+  virtual std::array<int, 2> descriptors() const noexcept = 0;  // -1: none
 
   // Ends the connection: when it returns, nothing that was posted and nothing of the peer can touch
   // registered memory through this queue pair any more. Outstanding completions are dropped. May be called
@@ -140,7 +144,8 @@ void establish(QueuePair& queue_pair, Deadline deadline, const GiveUp& give_up);
 class Listener {
  public:
   virtual ~Listener() = default;
-  // The next queue pair that asks to be connected: post receives, then start(). Null: nobody asks now.
+  // The next queue pair that asks to be connected: post receives, then start(). Null: nobody asks now. Throws
+  // kDevice for one that could not be made (it has been refused), kUnavailable when the card is gone.
   virtual std::unique_ptr<QueuePair> accept() = 0;
   virtual int descriptor() const noexcept = 0;  // readable when accept() may have one
   virtual int port() const noexcept = 0;
