@@ -7,6 +7,7 @@ PYBIND11_MODULE(_core, module) {
   rdmaload::bindings::register_memory(module);
   rdmaload::bindings::register_transport(module);
   rdmaload::bindings::register_device(module);  // after its base class
+  rdmaload::bindings::register_rdma(module);
   rdmaload::bindings::register_loader(module);
   rdmaload::bindings::register_server(module);
 }

@@ -9,6 +9,7 @@ void register_core(pybind11::module_& module);
 void register_memory(pybind11::module_& module);
 void register_device(pybind11::module_& module);
 void register_transport(pybind11::module_& module);
+void register_rdma(pybind11::module_& module);
 void register_loader(pybind11::module_& module);
 void register_server(pybind11::module_& module);
 

@@ -129,6 +129,45 @@ def convert_on_device(
     device: int, source: int, source_type: str, target: int, target_type: str, count: int, stream: int
 ) -> bool: ...
 
+class _Gid(TypedDict):
+    index: int
+    address: str
+    type: str
+    netdev: str
+
+class _CardPort(TypedDict):
+    number: int
+    state: str
+    link_layer: str
+    rate: str
+    gbit_per_s: float
+    gids: list[_Gid]
+
+class _Card(TypedDict):
+    name: str
+    node_type: str
+    firmware: str
+    pci_path: str
+    numa_node: int
+    netdevs: list[str]
+    usable: bool
+    ports: list[_CardPort]
+
+class _Probe(TypedDict):
+    name: str
+    ok: bool
+    required: bool
+    detail: str
+    next_step: str
+
+def rdma_cards(sysfs: str = "/sys") -> list[_Card]: ...
+def rdma_nearest_card(pci_address: str, sysfs: str = "/sys") -> str | None: ...
+def rdma_route(host: str, port: int) -> tuple[str, str, str] | None: ...
+def memlock_limit() -> int | None: ...
+def rdma_probe(
+    *, host: str = "", port: int = 6379, device: str = "", sysfs: str = "/sys", dev: str = "/dev"
+) -> list[_Probe]: ...
+
 class TensorIndex:
     def __init__(self) -> None: ...
     def add_file(self, file: int, path: str, file_bytes: int, header: Buffer) -> None: ...

@@ -67,7 +67,8 @@ std::optional<uint64_t> memlock_limit();
 
 // One thing that RDMA needs or can use, as doctor shows it.
 struct Probe {
-  std::string name;  // "libraries", "devices", "port", "locked memory", "dma-buf", "peermem", "route"
+  std::string
+      name;  // "libraries", "devices", "device files", "port", "locked memory", "route", "dma-buf", "peermem"
   bool ok = false;
   bool required = true;   // else: slower without it
   std::string detail;     // what was found
