@@ -9,6 +9,9 @@ missing_packages() {
   command -v redis-server >/dev/null || echo redis-server
   [ -e /usr/include/doctest/doctest.h ] || echo doctest-dev
   [ -e /usr/include/openssl/ssl.h ] || echo libssl-dev
+  # The build needs neither: the tests compare our declarations of these libraries with them.
+  [ -e /usr/include/infiniband/verbs.h ] || echo libibverbs-dev
+  [ -e /usr/include/rdma/rdma_cma.h ] || echo librdmacm-dev
   command -v python3 >/dev/null || echo python3
   python3 -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
   python3 -c 'import os, sysconfig; assert os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))' \
