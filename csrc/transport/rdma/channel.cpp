@@ -70,7 +70,6 @@ void Channel::open(const MemoryRegion& region, uint64_t offset, uint32_t length,
                       queue_pair_->description());
     }
   }
-  while (due_announcement_) turn(std::chrono::milliseconds(kGiveUpPollMilliseconds));
 }
 
 void Channel::start(const MemoryRegion& region, uint64_t offset, uint32_t length) {

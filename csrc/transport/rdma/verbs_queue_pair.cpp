@@ -592,17 +592,21 @@ std::unique_ptr<rdma::QueuePair> resolve_one(const Libraries& libraries, const R
                                           true);
 }
 
+const Libraries& usable_libraries() {
+  const Libraries& libraries = Libraries::process();
+  if (!libraries.is_opener()) {
+    throw Error(ErrorCode::kNotSupported,
+                "this process was forked from one that had used RDMA, which does not survive a fork: start "
+                "worker processes with the \"spawn\" method");
+  }
+  return libraries;
+}
+
 }  // namespace
 
 std::unique_ptr<rdma::QueuePair> VerbsFabric::resolve(const Remote& remote, Deadline deadline,
                                                       const GiveUp& give_up) {
-  const Libraries& libraries = Libraries::process();
-  if (!libraries.is_opener()) {
-    throw Error(
-        ErrorCode::kNotSupported,
-        "this process was forked from one that had used RDMA, which does not survive a fork: start worker "
-        "processes with the \"spawn\" method");
-  }
+  const Libraries& libraries = usable_libraries();
   const auto addresses =
       addresses_of(remote.host, remote.port, 0, remote.host + ":" + std::to_string(remote.port));
   for (size_t i = 0; i + 1 < addresses.size(); ++i) {
@@ -616,7 +620,7 @@ std::unique_ptr<rdma::QueuePair> VerbsFabric::resolve(const Remote& remote, Dead
 }
 
 std::unique_ptr<Listener> VerbsFabric::listen(const std::string& address, int port, bool share_domain) {
-  return std::make_unique<VerbsListener>(Libraries::process(), address, port, share_domain);
+  return std::make_unique<VerbsListener>(usable_libraries(), address, port, share_domain);
 }
 
 }  // namespace rdmaload::rdma
