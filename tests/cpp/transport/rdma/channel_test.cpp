@@ -204,6 +204,21 @@ TEST_CASE("without inlining everything goes through the send buffer") {
   CHECK(client.channel.counters().copied_bytes == content.size());
 }
 
+TEST_CASE("the send buffer is not written again before its bytes have left") {
+  Connected both(4096, 4096, 400);
+  both.network.set([](auto& faults) { faults.held = true; });
+  const Bytes content = random_bytes(660, 8);
+  const std::span<const std::byte> all(content);
+  CHECK(both.client.channel.try_send(all.first(130)) == 130);
+  CHECK(both.client.channel.try_send(all.subspan(130, 130)) == 130);
+  CHECK(both.network.deliver(1) == 1);
+  both.client.channel.turn(kNow);
+  CHECK(both.client.channel.try_send(all.subspan(260)) == 270);  // all but the second 130
+  both.network.set([](auto& faults) { faults.held = false; });
+  both.server.collect();
+  CHECK(both.server.stream == Bytes(content.begin(), content.begin() + 530));
+}
+
 TEST_CASE("registered memory is sent without a copy, and its id completes once the bytes were taken") {
   Connected both(1 << 20);
   Bytes value = random_bytes(100'000, 5);
