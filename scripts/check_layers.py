@@ -48,7 +48,7 @@ PYTHON_ORDER = [
     }
     | {"sources", "state_dict", "journal", "upload", "publish", "files_save", "object_save", "file_manifest"}
     | {"sglang_layout", "sglang_source", "sglang_state", "_sglang_save"}
-    | {"_save", "_prune", "model", "loading", "exports"},
+    | {"_save", "_prune", "model", "loading", "export_checksums", "exports"},
     {"integrations", "cli"},
 ]
 

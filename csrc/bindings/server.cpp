@@ -32,16 +32,37 @@ void export_file(Store& store, const std::string& prefix, std::string path, uint
   }
 }
 
-void export_value(Store& store, const std::string& key, const py::bytes& content) {
-  const std::string_view bytes = content;
-  const py::gil_scoped_release release;  // `content` is held by the caller, and bytes do not change
-  const auto value = store.memory()->allocate(bytes.size());
+// The keys `{from}0` to `{from}{count - 1}` under `to`, too.
+void export_copies(Store& store, const std::string& from, const std::string& to, uint64_t count) {
+  for (uint64_t i = 0; i < count; ++i) store.export_copy(to + std::to_string(i), from + std::to_string(i));
+}
+
+void unlock(Store& store, const std::vector<std::string>& keys) {
+  for (const std::string& key : keys) store.unlock(key);
+}
+
+std::shared_ptr<server::Value> value_of(Store& store, std::string_view bytes) {
+  auto value = store.memory()->allocate(bytes.size());
   if (value == nullptr) {
     throw Error(ErrorCode::kUnavailable,
                 "the memory limit is too low even for the index of the exported models");
   }
   if (!bytes.empty()) std::memcpy(value->fill().data(), bytes.data(), bytes.size());
-  store.export_value(key, value);
+  return value;
+}
+
+void export_value(Store& store, const std::string& key, const py::bytes& content) {
+  const std::string_view bytes = content;
+  const py::gil_scoped_release release;  // `content` is held by the caller, and bytes do not change
+  store.export_value(key, value_of(store, bytes));
+}
+
+void set_value(Store& store, const std::string& key, const py::bytes& content) {
+  const std::string_view bytes = content;
+  const py::gil_scoped_release release;
+  if (store.set(key, value_of(store, bytes), server::SetCondition::kAlways) != server::Outcome::kDone) {
+    throw Error(ErrorCode::kUnavailable, "the key " + key + " cannot be written");
+  }
 }
 
 void add_name(Store& store, const std::string& key, const std::string& name) {
@@ -109,7 +130,11 @@ void register_server(py::module_& module) {
            py::arg("limit_bytes"))
       .def("export_file", &export_file, py::kw_only(), py::arg("prefix"), py::arg("path"), py::arg("size"),
            py::arg("mtime_ns"), py::arg("chunk_bytes"), Released())
+      .def("export_copies", &export_copies, py::kw_only(), py::arg("prefix"), py::arg("to"), py::arg("count"),
+           Released())
       .def("export_value", &export_value, py::arg("key"), py::arg("content"))
+      .def("set_value", &set_value, py::arg("key"), py::arg("content"))
+      .def("unlock", &unlock, py::arg("keys"), Released())
       .def("add_name", &add_name, py::arg("key"), py::arg("name"), Released());
   py::class_<Server, std::shared_ptr<Server>>(module, "WeightServer")
       .def(py::init(&make_server), py::arg("store"), py::kw_only(), py::arg("host") = "127.0.0.1",

@@ -65,7 +65,8 @@ Outcome Store::set(std::string_view key, ValuePtr value, SetCondition condition)
     entry.content = std::move(value);
     return Outcome::kDone;
   }
-  old = std::exchange(std::get<ValuePtr>(entry.content), std::move(value));
+  if (auto* held = std::get_if<ValuePtr>(&entry.content)) old = std::move(*held);
+  entry.content = std::move(value);  // or a file's range, that was exported once
   return Outcome::kDone;
 }
 
@@ -93,8 +94,30 @@ void Store::export_range(std::string_view key, FileRange range) {
 }
 
 void Store::export_value(std::string_view key, ValuePtr value) {
+  ValuePtr old;  // given up after the lock
   const std::unique_lock lock(mutex_);
+  if (const auto at = entries_.find(key); at != entries_.end() && at->second.exported) {
+    if (auto* held = std::get_if<ValuePtr>(&at->second.content)) {
+      old = std::exchange(*held, std::move(value));
+      return;
+    }
+  }
   insert_exported(key).content = std::move(value);
+}
+
+void Store::export_copy(std::string_view key, std::string_view of) {
+  const std::unique_lock lock(mutex_);
+  const auto at = entries_.find(of);
+  if (at == entries_.end() || kind_of(at->second) != Kind::kString) {
+    throw Error(ErrorCode::kInvalid, "there is no value under the key " + std::string(of));
+  }
+  auto content = at->second.content;  // before the table grows
+  insert_exported(key).content = std::move(content);
+}
+
+void Store::unlock(std::string_view key) {
+  const std::unique_lock lock(mutex_);
+  if (const auto at = entries_.find(key); at != entries_.end()) at->second.exported = false;
 }
 
 Store::Entry& Store::insert_exported(std::string_view key) {

@@ -69,9 +69,15 @@ class Store {
   Outcome set(std::string_view key, ValuePtr value, SetCondition condition);
   // Counts the keys that were there; kReadOnly when one of them is exported, and then nothing was removed.
   Counted remove(std::span<const std::string_view> keys);
-  // A key that is exported replaces nothing: throws Error(kInvalid) when it is there.
+  // A key that is exported replaces nothing that a client has written: throws Error(kInvalid) when it is
+  // there.
   void export_range(std::string_view key, FileRange range);
+  // Replaces an exported value of that key.
   void export_value(std::string_view key, ValuePtr value);
+  // Exports what is under the key `of` as `key`, too. Throws Error(kInvalid) when there is no value.
+  void export_copy(std::string_view key, std::string_view of);
+  // From now on the key is like those that clients write: it can be replaced and removed.
+  void unlock(std::string_view key);
 
   Counted add_members(std::string_view key, std::span<const std::string_view> members);
   Counted remove_members(std::string_view key, std::span<const std::string_view> members);

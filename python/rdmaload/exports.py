@@ -1,37 +1,35 @@
 """Directories that the weight server gives out as models, without a save: what format 1 says of them.
 
-The manifest and the index are made here and kept by the server; the chunks are ranges of the files. A checksum is
-computed once per file and kept in a cache directory by what changes whenever a file does: device, inode, size and
-times. The generation follows from the content, so that it stays when nothing changed and servers agree about it.
+The manifest and the index are made here and kept by the server; the chunks are ranges of the files. The generation
+follows from the content, so that it stays when nothing changed and servers agree about it. Until a model's checksums
+are known it is given out under another generation, that follows from names, sizes and times, and whose manifest says
+that they are pending. That one stays for those who have opened it, as any replaced generation: `prune` may remove it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rdmaload._core import WeightStore, crc32c
+from rdmaload._core import WeightStore
 from rdmaload.connectors.connector import MODELS_KEY
 from rdmaload.connectors.local import LocalConnector
-from rdmaload.errors import IntegrityError, NotFoundError, UrlError
-from rdmaload.index import DEFAULT_CHUNK_BYTES, Index, IndexFile, chunk_key, index_key
-from rdmaload.manifest import Manifest, generation_manifest_key, manifest_key
-from rdmaload.sources import Source, directory_model
+from rdmaload.errors import NotFoundError, RdmaloadError, UrlError
+from rdmaload.export_checksums import ChecksumCache, FileChecksums
+from rdmaload.index import DEFAULT_CHUNK_BYTES, PENDING, Index, IndexFile, chunk_key, index_key
+from rdmaload.manifest import Manifest, generation_manifest_key, manifest_key, utc_now
+from rdmaload.publish import superseded_key
+from rdmaload.sources import SourceModel, directory_model
 from rdmaload.stats import Progress
-from rdmaload.threads import run_in_threads
 from rdmaload.urls import parse_url
 
-__all__ = ["Export", "cache_directory", "export_directories", "model_directories"]
+__all__ = ["BackgroundChecksums", "DirectoryExport", "Export", "export_directories", "model_directories"]
 
-_CACHE_VERSION = 1
 _WRITER = "rdmaload serve"
-_U32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,8 @@ class Export:
     generation: str
     cached_bytes: int
     """Of files whose checksums were known already."""
-
-
-def cache_directory() -> Path:
-    """Where checksums are kept: `$XDG_CACHE_HOME/rdmaload/checksums`, or below `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rdmaload" / "checksums"
+    checksums: str
+    """"crc32c", or "pending" while they are not known."""
 
 
 def model_directories(root: Path) -> list[tuple[str, Path]]:
@@ -77,9 +72,12 @@ def export_directories(
     cache: Path,
     threads: int = 2,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    wait_checksums: bool = True,
     progress: Callable[[Progress], None] | None = None,
-) -> Iterator[Export]:
+) -> Iterator[DirectoryExport]:
     """Give out each directory as the model of that name; `progress` is called while checksums are computed.
+
+    Without `wait_checksums` models whose checksums the cache lacks are `pending`, for BackgroundChecksums.
 
     Raises FormatError for a file that is no weight file although it is named so, IntegrityError when a file
     changes meanwhile, UrlError for a directory whose name cannot be a model's.
@@ -89,157 +87,163 @@ def export_directories(
             parse_url(f"redis://localhost/{model}")
         except UrlError as err:
             raise UrlError(f"{directory}: its name cannot be a model's: {err}", url=str(directory)) from err
-        yield _export(store, model, directory, _Cache(cache), threads, chunk_bytes, progress)
+        export = DirectoryExport(store, model, directory, ChecksumCache(cache), chunk_bytes)
+        if export.pending and wait_checksums:
+            export.compute(threads, progress)
+        else:
+            export.publish()
+        yield export
 
 
-def _export(
-    store: WeightStore,
-    model: str,
-    directory: Path,
-    cache: _Cache,
-    threads: int,
-    chunk_bytes: int,
-    progress: Callable[[Progress], None] | None,
-) -> Export:
-    with LocalConnector(parse_url(str(directory.absolute()))) as connector:
-        source = directory_model(connector, connector.root, rank=None, world_size=None)
-        try:
-            source.check_weights()
-            times = {file.path: os.stat(connector.root / file.path).st_mtime_ns for file in source.files}
-            checksums = _Checksums(source.files, chunk_bytes, cache)
-            checksums.compute(threads, progress)
-            source.check_unchanged()
-        finally:
-            source.close()
-    files = [
-        IndexFile(file.path, file.size, number, file.rank, file.header, file.tied)
-        for number, file in enumerate(source.files)
-    ]
-    index = Index.of(files, chunk_bytes=chunk_bytes, crcs=checksums.joined())
-    encoded = index.encode()
-    # Of the content and its names, not of their times: a server that starts again gives the same.
-    generation = hashlib.sha256(encoded).hexdigest()[:32]
-    manifest = Manifest.of(
-        encoded,
-        generation=generation,
-        files=len(files),
-        bytes=index.total_bytes,
-        writer=_WRITER,
-        kind=source.kind,
-        world_size=source.world_size,
-    )
-    for file in files:
-        # Refused unless it is still what was read.
-        store.export_file(
-            prefix=chunk_key(model, generation, file.number, 0).removesuffix("0"),
-            path=str(directory.absolute() / file.path),
-            size=file.size,
-            mtime_ns=times[file.path],
-            chunk_bytes=chunk_bytes,
-        )
-    store.export_value(index_key(model, generation), encoded)
-    store.export_value(generation_manifest_key(model, generation), manifest.encode())
-    store.export_value(manifest_key(model), manifest.encode())
-    store.add_name(MODELS_KEY, model)
-    return Export(model, len(files), index.total_bytes, generation, checksums.cached_bytes)
+class DirectoryExport:
+    """One directory as a model: found when this is made, there for readers from `publish` or `compute` on.
 
+    One thread at a time; `description` says what has been published last.
+    """
 
-class _Checksums:
-    """The chunk checksums of the files of one model, computed in threads or found in the cache."""
-
-    def __init__(self, files: Sequence[Source], chunk_bytes: int, cache: _Cache) -> None:
-        self._files = files
+    def __init__(self, store: WeightStore, model: str, directory: Path, cache: ChecksumCache, chunk_bytes: int) -> None:
+        self.model = model
+        self._store = store
+        self._directory = directory.absolute()
         self._chunk_bytes = chunk_bytes
-        self._cache = cache
-        self._lock = threading.Lock()
-        self._next = 0  # Guarded by _lock, as is what follows.
-        self._done = 0
-        self._found: list[bytes] = [b""] * len(files)
-        self.cached_bytes = 0
+        with LocalConnector(parse_url(str(self._directory))) as connector:
+            self._source: SourceModel = directory_model(connector, connector.root, rank=None, world_size=None)
+        try:
+            self._source.check_weights()
+            self._times = [os.stat(self._directory / file.path).st_mtime_ns for file in self._source.files]
+            self._checksums = FileChecksums(self._source.files, chunk_bytes, cache)
+        finally:
+            self._source.close()
+        self._files = [
+            IndexFile(file.path, file.size, number, file.rank, file.header, file.tied)
+            for number, file in enumerate(self._source.files)
+        ]
+        self.description: Export | None = None
 
-    def compute(self, threads: int, progress: Callable[[Progress], None] | None) -> None:
-        started = time.perf_counter()
-        total = sum(file.size for file in self._files)
+    @property
+    def pending(self) -> bool:
+        """Some checksums are not known."""
+        return not self._checksums.complete
 
-        def tick() -> None:
-            if progress is not None:
-                seconds = time.perf_counter() - started
-                progress(Progress("export", self._done, total, self._next, len(self._files), seconds))
+    def compute(self, threads: int, progress: Callable[[Progress], None] | None = None) -> None:
+        """Compute the checksums that are missing, and publish with them. `progress` may raise, which ends it."""
+        try:
+            self._checksums.compute(threads, progress)
+            self._source.check_unchanged()
+        finally:
+            self._source.close()
+        self.publish()
 
-        run_in_threads(self._work, threads, tick=tick)
-        tick()
+    def publish(self) -> None:
+        """Give the model out with the checksums that are known: all of them, or none."""
+        before = self.description
+        index = Index.of(
+            self._files,
+            chunk_bytes=self._chunk_bytes,
+            crcs=b"" if self.pending else self._checksums.joined(),
+            checksums_pending=self.pending,
+        )
+        encoded = index.encode()
+        content = hashlib.sha256(encoded)
+        if self.pending:
+            # Only what else tells one content from another: ranks that read from two servers must not mix two.
+            content.update(repr(self._times).encode())
+        # Otherwise not of the times: a server that starts again, or one that has a copy, gives the same.
+        generation = content.hexdigest()[:32]
+        manifest = Manifest.of(
+            encoded,
+            generation=generation,
+            files=len(self._files),
+            bytes=index.total_bytes,
+            writer=_WRITER,
+            kind=self._source.kind,
+            world_size=self._source.world_size,
+            checksums=PENDING if self.pending else None,
+        ).encode()
+        self._publish_chunks(generation, None if before is None else before.generation)
+        self._store.export_value(index_key(self.model, generation), encoded)
+        self._store.export_value(generation_manifest_key(self.model, generation), manifest)
+        self._store.export_value(manifest_key(self.model), manifest)
+        self._store.add_name(MODELS_KEY, self.model)
+        self.description = Export(
+            self.model,
+            len(self._files),
+            index.total_bytes,
+            generation,
+            self._checksums.cached_bytes,
+            PENDING if self.pending else "crc32c",
+        )
+        if before is not None:
+            self._retire(before.generation)
 
-    def joined(self) -> bytes:
-        return b"".join(self._found)
+    def _publish_chunks(self, generation: str, before: str | None) -> None:
+        for file, mtime_ns in zip(self._files, self._times, strict=True):
+            prefix = self._chunk_prefix(generation, file)
+            if before is not None:
+                # What is open stays open: the very content that goes out under the other generation.
+                self._store.export_copies(
+                    prefix=self._chunk_prefix(before, file), to=prefix, count=file.chunk_count(self._chunk_bytes)
+                )
+                continue
+            # Refused unless it is still what was read.
+            self._store.export_file(
+                prefix=prefix,
+                path=str(self._directory / file.path),
+                size=file.size,
+                mtime_ns=mtime_ns,
+                chunk_bytes=self._chunk_bytes,
+            )
 
-    def _work(self, stop: threading.Event) -> None:
-        buffer = memoryview(bytearray(self._chunk_bytes))
-        while not stop.is_set():
-            with self._lock:
-                position = self._next
-                self._next += 1
-            if position >= len(self._files):
+    def _chunk_prefix(self, generation: str, file: IndexFile) -> str:
+        return chunk_key(self.model, generation, file.number, 0).removesuffix("0")
+
+    def _retire(self, generation: str) -> None:
+        """Leave a replaced generation to `prune`, as if a save had replaced it."""
+        self._store.set_value(superseded_key(self.model, generation), utc_now().encode())
+        self._store.unlock([index_key(self.model, generation), generation_manifest_key(self.model, generation)])
+        for file in self._files:
+            prefix = self._chunk_prefix(generation, file)
+            self._store.unlock([f"{prefix}{chunk}" for chunk in range(file.chunk_count(self._chunk_bytes))])
+
+
+class _StopComputingError(Exception):
+    """Raised inside `compute` when the server ends."""
+
+
+class BackgroundChecksums:
+    """Computes the checksums of pending exports in a thread, one model after the other; a context manager.
+
+    `say` gets a line per model, from that thread. A model whose files changed stays pending.
+    """
+
+    def __init__(self, exports: Sequence[DirectoryExport], threads: int, say: Callable[[str], None]) -> None:
+        self._exports = [export for export in exports if export.pending]
+        self._threads = threads
+        self._say = say
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="rdmaload-checksums", daemon=True)
+
+    def __enter__(self) -> BackgroundChecksums:
+        if self._exports:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        def tick(_: Progress) -> None:
+            if self._stopped.is_set():
+                raise _StopComputingError
+
+        for export in self._exports:
+            try:
+                export.compute(self._threads, tick)
+            except _StopComputingError:
                 return
-            file = self._files[position]
-            known = self._cache.get(file, self._chunk_bytes)
-            if known is None:
-                known = self._read(file, buffer, stop)
-                if stop.is_set():
-                    return
-                self._cache.put(file, self._chunk_bytes, known)
+            except (RdmaloadError, OSError) as err:
+                self._say(f"{export.model} has no checksums, so that clients cannot verify it: {err}")
             else:
-                with self._lock:
-                    self._done += file.size
-                    self.cached_bytes += file.size
-            self._found[position] = known
-
-    def _read(self, file: Source, buffer: memoryview, stop: threading.Event) -> bytes:
-        crcs = bytearray()
-        for offset in range(0, file.size, self._chunk_bytes):
-            if stop.is_set():
-                break
-            part = buffer[: min(self._chunk_bytes, file.size - offset)]
-            if file.read_into(offset, part) != len(part):
-                raise IntegrityError(f"{file.path} became shorter while its checksums were computed", key=file.path)
-            crcs += crc32c(part).to_bytes(_U32_BYTES, "little")
-            with self._lock:
-                self._done += len(part)
-        return bytes(crcs)
-
-
-class _Cache:
-    """Checksums by fingerprint, one small file each. What is damaged or cannot be written is computed again."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def _place(self, file: Source, chunk_bytes: int) -> Path | None:
-        fingerprint = file.fingerprint()
-        if fingerprint is None:
-            return None
-        name = hashlib.sha256(f"{_CACHE_VERSION} {fingerprint} {chunk_bytes}".encode()).hexdigest()
-        return self._directory / name
-
-    def get(self, file: Source, chunk_bytes: int) -> bytes | None:
-        place = self._place(file, chunk_bytes)
-        chunks = -(-file.size // chunk_bytes)
-        try:
-            content = b"" if place is None else place.read_bytes()
-        except OSError:
-            return None
-        crcs, own = content[:-_U32_BYTES], content[-_U32_BYTES:]
-        if len(crcs) != _U32_BYTES * chunks or crc32c(crcs) != int.from_bytes(own, "little"):
-            return None
-        return crcs
-
-    def put(self, file: Source, chunk_bytes: int, crcs: bytes) -> None:
-        place = self._place(file, chunk_bytes)
-        if place is None:
-            return
-        temporary = place.with_name(f"{place.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(crcs + crc32c(crcs).to_bytes(_U32_BYTES, "little"))
-            temporary.replace(place)
-        except OSError:
-            return  # a cache is a convenience
+                self._say(f"{export.model} has checksums now: clients that open it from here on verify it")

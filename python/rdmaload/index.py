@@ -8,9 +8,10 @@ files it has. The bytes (little-endian) are
     version    = u32, 1
     meta_bytes = u32
     meta       = JSON, UTF-8: {"chunk_bytes":N,"files":[file,...]}
+                 and "checksums":"pending" where they are not known yet
     file       = {"header_bytes":N,"number":N,"path":S,"rank":N|null,"size":N,"tied":{alias:name}}
                  "tied" is absent when empty; "etag":S beside files in an object store
-    crcs       = u32 per chunk, file by file, ceil(size / chunk_bytes) of them per file
+    crcs       = u32 per chunk, file by file, ceil(size / chunk_bytes) of them per file; none while they are pending
     headers    = the JSON header of each file with header_bytes > 0, without its 8-byte length
 
 The value carries no checksum of itself: the manifest holds its length and CRC32C. `decode` trusts
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_CHUNK_BYTES",
+    "PENDING",
     "Index",
     "IndexFile",
     "check_path",
@@ -48,6 +50,9 @@ __all__ = [
 # A server's allocator charges a value of exactly 1 MiB for 1.26 of them; just under it, for what it
 # is.
 DEFAULT_CHUNK_BYTES = 2**20 - 4096
+
+PENDING = "pending"
+"""What index and manifest say of checksums that are not known yet."""
 
 MAX_INDEX_BYTES = 512 * 2**20  # the largest value that a Redis server takes
 MAX_META_BYTES = 256 * 2**20  # a million files with paths of 200 bytes
@@ -125,22 +130,26 @@ class Index:
     """Bytes of every chunk but a file's last; None when files are stored whole."""
     crcs: bytes = b""
     """CRC32C per chunk, u32 little-endian, file by file; empty when there are none."""
+    checksums_pending: bool = False
+    """Whoever gives the chunks out is still computing their checksums."""
 
     @classmethod
-    def of(cls, files: Sequence[IndexFile], *, chunk_bytes: int | None, crcs: bytes = b"") -> Index:
+    def of(
+        cls, files: Sequence[IndexFile], *, chunk_bytes: int | None, crcs: bytes = b"", checksums_pending: bool = False
+    ) -> Index:
         """An index of `files` in this order, with every `first_chunk` set.
 
         Raises FormatError when a path, size or number breaks a rule of the format, or `crcs` has
-        another length.
+        another length (none is right while checksums are pending).
         """
         numbered = []
         chunks = 0
         for file in files:
             numbered.append(replace(file, first_chunk=chunks))
             chunks += file.chunk_count(chunk_bytes)
-        index = cls(tuple(numbered), chunk_bytes, crcs)
+        index = cls(tuple(numbered), chunk_bytes, crcs, checksums_pending)
         _check_files(index.files)
-        if len(crcs) != (4 * chunks if chunk_bytes else 0):
+        if len(crcs) != (4 * chunks if chunk_bytes and not checksums_pending else 0):
             _refuse(f"{len(crcs)} bytes of checksums for {chunks} chunks")
         return index
 
@@ -164,8 +173,8 @@ class Index:
 
     def crc(self, file: IndexFile, chunk: int) -> int:
         """The CRC32C of one chunk of `file`."""
-        if not 0 <= chunk < file.chunk_count(self.chunk_bytes):
-            raise IndexError(f"{file.path} has no chunk {chunk}")
+        if self.checksums_pending or not 0 <= chunk < file.chunk_count(self.chunk_bytes):
+            raise IndexError(f"{file.path} has no {'checksum of' if self.checksums_pending else 'chunk'} {chunk}")
         start = 4 * (file.first_chunk + chunk)
         return int.from_bytes(self.crcs[start : start + 4], "little")
 
@@ -196,14 +205,12 @@ class Index:
             files.append(entry)
             if file.header is not None:
                 headers.append(file.header)
-        if len(self.crcs) != 4 * chunks:
+        if len(self.crcs) != (0 if self.checksums_pending else 4 * chunks):
             _refuse(f"{len(self.crcs)} bytes of checksums for {chunks} chunks")
-        text = json.dumps(
-            {"chunk_bytes": self.chunk_bytes, "files": files},
-            ensure_ascii=False,
-            sort_keys=True,
-            separators=(",", ":"),
-        )
+        members: dict[str, object] = {"chunk_bytes": self.chunk_bytes, "files": files}
+        if self.checksums_pending:
+            members["checksums"] = PENDING
+        text = json.dumps(members, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
         try:
             meta = text.encode()
         except UnicodeEncodeError as err:
@@ -239,10 +246,11 @@ class Index:
         if meta_bytes > MAX_META_BYTES or meta_bytes > size - _PREFIX.size:
             _refuse(f"a list of files of {meta_bytes} bytes in a value of {size}")
         at = _PREFIX.size + meta_bytes
-        chunk_bytes, entries = _parse_meta(data[_PREFIX.size : at])
+        chunk_bytes, entries, pending = _parse_meta(data[_PREFIX.size : at])
         chunks = 0
-        for entry in entries:
-            chunks += -(-entry.size // chunk_bytes)
+        if not pending:
+            for entry in entries:
+                chunks += -(-entry.size // chunk_bytes)
         left = size - at
         if 4 * chunks > left:
             _refuse(f"{left} bytes are too few for the checksums of {chunks} chunks")
@@ -260,7 +268,7 @@ class Index:
             )
             chunks += -(-entry.size // chunk_bytes)
         _check_files(files)
-        return cls(tuple(files), chunk_bytes, crcs)
+        return cls(tuple(files), chunk_bytes, crcs, pending)
 
 
 def index_of_files(connector: FileConnector) -> Index:
@@ -353,7 +361,7 @@ class _Entry:
     etag: str | None
 
 
-def _parse_meta(meta: bytes) -> tuple[int, list[_Entry]]:
+def _parse_meta(meta: bytes) -> tuple[int, list[_Entry], bool]:
     try:
         parsed = json.loads(
             meta.decode(),
@@ -365,13 +373,16 @@ def _parse_meta(meta: bytes) -> tuple[int, list[_Entry]]:
         if isinstance(err, FormatError):
             raise
         raise FormatError(f"index: the list of files is not JSON: {err}") from err
-    if not isinstance(parsed, dict) or parsed.keys() != {"chunk_bytes", "files"}:
+    if not isinstance(parsed, dict) or parsed.keys() - {"checksums"} != {"chunk_bytes", "files"}:
         _refuse('the metadata is not an object of "chunk_bytes" and "files"')
+    pending = "checksums" in parsed
+    if pending and parsed["checksums"] != PENDING:
+        _refuse(f'"checksums" is {str(parsed["checksums"])[:40]!r}, not {PENDING!r}')
     chunk_bytes = _check_int(parsed["chunk_bytes"], "chunk_bytes", 1, MAX_INDEX_BYTES)
     listed = parsed["files"]
     if not isinstance(listed, list) or len(listed) > MAX_FILES:
         _refuse(f'"files" is not a list of at most {MAX_FILES}')
-    return chunk_bytes, [_parse_entry(entry) for entry in listed]
+    return chunk_bytes, [_parse_entry(entry) for entry in listed], pending
 
 
 def _parse_entry(entry: object) -> _Entry:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TypeGuard
 
 from rdmaload._core import crc32c
 from rdmaload.errors import FormatError, IntegrityError, NotSupportedError
-from rdmaload.index import MAX_FILES, MAX_INDEX_BYTES, MAX_SIZE_BYTES
+from rdmaload.index import MAX_FILES, MAX_INDEX_BYTES, MAX_SIZE_BYTES, PENDING
 
 __all__ = [
     "FORMAT",
@@ -112,6 +112,8 @@ class Manifest:
     identity: Mapping[str, str] = field(default_factory=dict)
     """What wrote the tensors (engine, version, quantization, dtype ...); may be empty."""
     format: int = FORMAT
+    checksums: str | None = None
+    """"pending" while whoever gives the model out computes them; None, and absent, when the index has them."""
 
     @classmethod
     def of(
@@ -127,6 +129,7 @@ class Manifest:
         world_size: int = 1,
         layout: Mapping[str, int] | None = None,
         identity: Mapping[str, str] | None = None,
+        checksums: str | None = None,
     ) -> Manifest:
         """A manifest for an encoded index, dated now unless `created` says otherwise."""
         return cls(
@@ -141,6 +144,7 @@ class Manifest:
             world_size=world_size,
             layout=dict(layout or {}),
             identity=dict(identity or {}),
+            checksums=checksums,
         )
 
     def encode(self) -> _Bytes:
@@ -148,6 +152,8 @@ class Manifest:
         members = {name: getattr(self, name) for name in _FIELDS}
         members["layout"] = dict(self.layout)
         members["identity"] = dict(self.identity)
+        if self.checksums is not None:
+            members["checksums"] = self.checksums
         _check_shape(members)
         try:
             line = _dump(members).encode() + b"\n"
@@ -238,8 +244,8 @@ def _dump(members: Mapping[str, object]) -> str:
 
 
 def _check_shape(members: Mapping[str, object]) -> None:
-    if members.keys() != _FIELDS:
-        odd = sorted(str(name)[:40] for name in members.keys() ^ _FIELDS)
+    if members.keys() - {"checksums"} != _FIELDS:
+        odd = sorted(str(name)[:40] for name in (members.keys() - {"checksums"}) ^ _FIELDS)
         _refuse(f"fields missing or unknown: {', '.join(odd[:5])}")
     _check_int(members, "format", FORMAT, FORMAT)
     _check_int(members, "index_bytes", 16, MAX_INDEX_BYTES)
@@ -253,6 +259,8 @@ def _check_shape(members: Mapping[str, object]) -> None:
     _check_text(members, "kind", re.compile("checkpoint|sharded"))
     if members["kind"] == "checkpoint" and members["world_size"] != 1:
         _refuse("a checkpoint has world_size 1")
+    if members.get("checksums", PENDING) != PENDING:
+        _refuse(f"checksums is {str(members['checksums'])[:40]!r}, not {PENDING!r}")
     layout, identity = members["layout"], members["identity"]
     if not _small_object(layout, int) or any(not 0 <= value <= _MAX_WORLD_SIZE for value in layout.values()):
         _refuse("layout is not an object of whole numbers")

@@ -147,6 +147,11 @@ class Model:
         return 1 + max((file.rank for file in self._index.files if file.rank is not None), default=0)
 
     @property
+    def checksums_pending(self) -> bool:
+        """The server that exports the model was still computing checksums when it was opened: nothing is verified."""
+        return self._index.checksums_pending
+
+    @property
     def manifest(self) -> Manifest | None:
         """What the writer said of the model; None for a store of plain files and in SGLang's layout."""
         return self._manifest

@@ -76,12 +76,24 @@ class StoreReader:
         self._maker = os.getpid()
         options = connector.options
         if options.verify == "require" and not index.crcs and index.total_bytes > 0:
+            remedy = "save the model to a store that keeps them"
+            if index.checksums_pending:
+                remedy = (
+                    "the server is still computing them: try again later, or start it with `rdmaload serve "
+                    "--wait-checksums`"
+                )
             raise IntegrityError(
-                f"{connector.url} has no checksums, and verify='require' asks for them: save the model to a store that "
-                "keeps them, or use verify='auto'",
+                f"{connector.url} has no checksums{' yet' * index.checksums_pending}, and verify='require' asks for "
+                f"them: {remedy}, or use verify='auto'",
                 url=connector.url,
             )
         self._verify = options.verify != "off" and bool(index.crcs)
+        if index.checksums_pending and options.verify != "off":
+            _log.warning(
+                "%s: the server is still computing checksums, so what is loaded now is not verified; open the model "
+                "again later, or start the server with `rdmaload serve --wait-checksums`",
+                connector.url,
+            )
         self._values = index.files if any(file.key is not None for file in index.files) else ()
         if self._values:
             files = [(file.key or "", file.size, 0) for file in index.files]

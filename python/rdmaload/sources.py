@@ -374,13 +374,14 @@ class _PinnedModel:
         """Fill `buffer` with a whole chunk; bytes that arrive wrong are asked for again."""
         key = self.key(number, chunk)
         at = 4 * (first_chunk + chunk)
-        expected = int.from_bytes(self._crcs[at : at + 4], "little")
+        # None while the server that exports the source computes its checksums: nothing to compare with.
+        expected = int.from_bytes(self._crcs[at : at + 4], "little") if self._crcs else None
         for _ in range(max(1, self._attempts)):
             try:
                 count = self.connector.get_into(key, buffer)
             except NotFoundError as err:
                 raise self._missing(key) from err
-            if count == len(buffer) and crc32c(buffer) == expected:
+            if count == len(buffer) and expected in (None, crc32c(buffer)):
                 return
         raise IntegrityError(
             f"{key} on {self.connector.url} does not match its checksum after "

@@ -88,6 +88,22 @@ def test_weight_files_by_rank() -> None:
     assert INDEX.weight_files(5) == ()
 
 
+def test_an_index_can_say_that_checksums_are_pending() -> None:
+    index = Index.of(FILES, chunk_bytes=16, checksums_pending=True)
+    encoded = index.encode()
+    assert Index.decode(encoded) == index != INDEX
+    assert len(INDEX.encode()) - len(encoded) == len(CRCS) - len(',"checksums":"pending"')
+    with pytest.raises(IndexError, match="no checksum"):
+        index.crc(index.files[0], 0)
+    with pytest.raises(FormatError, match="bytes of checksums"):
+        Index.of(FILES, chunk_bytes=16, crcs=CRCS, checksums_pending=True)
+    with pytest.raises(FormatError, match="do not add up"):
+        Index.decode(value_of({"checksums": "pending", **meta_of(file_of())}, bytes(8)))
+    for other in ("Pending", "", None, True, 1):
+        with pytest.raises(FormatError, match="checksums"):
+            Index.decode(value_of({"checksums": other, **meta_of(file_of())}))
+
+
 def test_checksums_stay_inside_their_file() -> None:
     last = INDEX.files[0].chunk_count(16) - 1
     assert INDEX.crc(INDEX.files[0], last) == int.from_bytes(CRCS[4 * last : 4 * last + 4], "little")

@@ -70,6 +70,16 @@ def test_what_is_encoded_is_decoded() -> None:
     assert len(Manifest.sha256(value)) == 64
 
 
+def test_a_manifest_can_say_that_checksums_are_pending() -> None:
+    pending = dataclasses.replace(MANIFEST, checksums="pending")
+    assert Manifest.decode(pending.encode()) == pending != MANIFEST
+    assert b'"checksums":"pending"' in pending.encode()
+    assert b"checksums" not in MANIFEST.encode()
+    for other in ("", "known", "Pending"):
+        with pytest.raises(FormatError, match="checksums"):
+            dataclasses.replace(MANIFEST, checksums=other).encode()
+
+
 def test_every_flipped_bit_is_caught() -> None:
     value = MANIFEST.encode()
     for position in range(8 * len(value)):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import random
 import shutil
 import signal
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +22,9 @@ import rdmaload
 from rdmaload import _core
 from rdmaload.cli import main
 from rdmaload.errors import AuthenticationError, IntegrityError, NotFoundError, StaleGenerationError, UnavailableError
-from rdmaload.exports import export_directories, model_directories
+from rdmaload.export_checksums import ChecksumCache
+from rdmaload.exports import BackgroundChecksums, DirectoryExport, export_directories, model_directories
+from rdmaload.index import DEFAULT_CHUNK_BYTES
 from tests.support.checkpoints import Checkpoint
 from tests.support.weight_server import WeightServer
 
@@ -198,7 +204,7 @@ def directory(tmp_path: Path, tiny_checkpoint: Checkpoint) -> Path:
 def test_directories_are_given_out_without_a_save(directory: Path, tmp_path: Path) -> None:
     generations = []
     for cached in (False, True):
-        with WeightServer(models=directory, cache=tmp_path / "cache") as server:
+        with WeightServer(models=directory, cache=tmp_path / "cache", args=["--wait-checksums"]) as server:
             models = server.document["models"]
             assert isinstance(models, list)
             assert [(one["model"], one["cached_bytes"] == one["bytes"]) for one in models] == [
@@ -220,12 +226,163 @@ def test_directories_are_given_out_without_a_save(directory: Path, tmp_path: Pat
     assert generations[0] == generations[1]
 
 
+def eventually(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 60
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def checksums(url: str) -> str:
+    with rdmaload.open(url) as model:
+        return "pending" if model.checksums_pending else "known"
+
+
+def test_a_server_is_ready_before_the_checksums_and_has_them_soon(directory: Path, tmp_path: Path) -> None:
+    with WeightServer(models=directory, cache=tmp_path / "cache") as server:
+        models = server.document["models"]
+        assert isinstance(models, list)
+        assert [one["checksums"] for one in models] == ["pending", "pending"]
+        for model in ("llama", "other"):
+            assert eventually(lambda model=model: checksums(server.url(model)) == "known")  # type: ignore[misc]
+            stats = rdmaload.LoadStats()
+            state = rdmaload.load(server.url(model), stats=stats, verify="require")
+            assert same(state, content(directory / model))
+            assert (stats.unverified_bytes, stats.verified_bytes >= stats.bytes) == (0, True)
+        assert eventually(lambda: "other has checksums now" in server.errors())
+        assert server.end() == 0
+    with WeightServer(models=directory, cache=tmp_path / "cache") as again:  # the cache has them: nothing is pending
+        models = again.document["models"]
+        assert isinstance(models, list)
+        assert [one["checksums"] for one in models] == ["crc32c", "crc32c"]
+
+
+class Exported:
+    """A server in this process with one exported model, whose checksums are computed when a test says so."""
+
+    def __init__(self, directory: Path, cache: Path) -> None:
+        self.store = _core.WeightStore(10**9)
+        self.export = DirectoryExport(self.store, "m", directory, ChecksumCache(cache), DEFAULT_CHUNK_BYTES)
+        self.export.publish()
+        self.server = _core.WeightServer(self.store)
+        self.url = f"redis://127.0.0.1:{self.server.port}/m"
+
+    @property
+    def generation(self) -> str:
+        assert self.export.description is not None
+        return self.export.description.generation
+
+    def __enter__(self) -> Exported:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.close()
+
+
+def test_who_comes_before_the_checksums_knows_and_loads_the_same_bytes(
+    directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = content(directory / "llama")
+    with Exported(directory / "llama", tmp_path / "cache") as exported:
+        early = exported.generation
+        with pytest.raises(IntegrityError, match=r"no checksums yet.*--wait-checksums"):
+            rdmaload.load(exported.url, verify="require")
+        stats = rdmaload.LoadStats()
+        with caplog.at_level(logging.WARNING, "rdmaload"):
+            assert same(rdmaload.load(exported.url, stats=stats), expected)
+        assert "still computing checksums" in caplog.text
+        assert (stats.verified_bytes, stats.unverified_bytes >= stats.bytes > 0) == (0, True)
+        assert main(["info", exported.url]) == 0
+        assert "checksums pending" in capsys.readouterr().out
+        assert main(["verify", exported.url]) == 0
+        assert "no checksum was compared" in capsys.readouterr().out
+        rdmaload.save(exported.url, str(tmp_path / "copy"))  # a copy of what cannot be verified is still a copy
+        assert same(rdmaload.load(tmp_path / "copy"), expected)
+
+        with rdmaload.open(exported.url) as reader:
+            exported.export.compute(threads=1)
+            assert exported.generation != early
+            stats = rdmaload.LoadStats()
+            assert same(reader.load(stats=stats), expected)  # opened before, loaded after
+            assert (stats.generation, stats.verified_bytes, reader.checksums_pending) == (early, 0, True)
+        stats = rdmaload.LoadStats()
+        pinned = rdmaload.load(f"{exported.url}?generation={early}", stats=stats)  # another rank of the same job
+        assert same(pinned, expected)
+        assert (stats.generation, stats.verified_bytes) == (early, 0)
+        stats = rdmaload.LoadStats()
+        assert same(rdmaload.load(exported.url, stats=stats, verify="require"), expected)
+        assert (stats.generation, stats.unverified_bytes) == (exported.generation, 0)
+
+        # The early one is a replaced generation like any other; what is published stays read-only.
+        assert rdmaload.prune(exported.url).waiting == 1
+        assert rdmaload.prune(exported.url, force=True).generations == 1
+        with pytest.raises(StaleGenerationError):
+            rdmaload.load(f"{exported.url}?generation={early}")
+        assert same(rdmaload.load(exported.url, verify="require"), expected)
+        with pytest.raises(UnavailableError, match="read-only replica"):
+            rdmaload.remove(exported.url)
+
+
+def test_servers_of_the_same_files_agree_before_and_after_the_checksums(directory: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(directory / "llama", copy)  # keeps the times
+    other = tmp_path / "other"
+    shutil.copytree(copy, other)
+    weights = next(other.glob("*.safetensors"))
+    times = weights.stat()
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns + 1000))
+    with (
+        Exported(directory / "llama", tmp_path / "a") as first,
+        Exported(copy, tmp_path / "b") as second,
+        Exported(other, tmp_path / "c") as third,
+    ):
+        early = first.generation
+        assert early == second.generation != third.generation
+        for one in (first, second, third):
+            one.export.compute(threads=1)
+        assert early != first.generation == second.generation != third.generation
+
+
+def test_files_that_change_while_their_checksums_are_computed_stay_unverified(directory: Path, tmp_path: Path) -> None:
+    path = directory / "other" / "model.safetensors"
+    lines: list[str] = []
+    with Exported(directory / "other", tmp_path / "cache") as exported:
+        early = exported.generation
+        save_file({"w": torch.arange(1000) + 1}, path)
+        with BackgroundChecksums([exported.export], 1, lines.append):
+            assert eventually(lambda: bool(lines))
+        assert "m has no checksums" in lines[0]
+        assert exported.generation == early
+        assert checksums(exported.url) == "pending"
+        assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_a_server_that_ends_does_not_wait_for_checksums(tmp_path: Path) -> None:
+    size = 40 * 10**9  # a hole, but longer to read than the test has patience
+    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    with open(tmp_path / "models" / "m" / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    with WeightServer(models=tmp_path / "models", cache=tmp_path / "cache") as server:
+        assert server.end() == 0
+        assert server.errors() == ""
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_damaged_cache_is_computed_again(directory: Path, tmp_path: Path) -> None:
     found = []
     for round_ in range(3):
         store = _core.WeightStore(10**9)
         exports = list(export_directories(store, model_directories(directory), cache=tmp_path / "cache"))
-        found.append([(export.generation, export.cached_bytes > 0) for export in exports])
+        found.append(
+            [(one.description.generation, one.description.cached_bytes > 0) for one in exports if one.description]
+        )
         if round_ == 1:
             for path in (tmp_path / "cache").iterdir():
                 value = bytearray(path.read_bytes())
@@ -237,7 +394,7 @@ def test_a_damaged_cache_is_computed_again(directory: Path, tmp_path: Path) -> N
 
 def test_a_file_that_changes_is_noticed_by_whoever_loads_it(directory: Path, tmp_path: Path) -> None:
     path = directory / "other" / "model.safetensors"
-    with WeightServer(models=directory, cache=tmp_path / "cache") as server:
+    with WeightServer(models=directory, cache=tmp_path / "cache", args=["--wait-checksums"]) as server:
         changed = bytearray(path.read_bytes())
         changed[-1] ^= 1
         path.write_bytes(changed)

@@ -148,7 +148,7 @@ def _description(model: Model, tensors: list[tuple[int | None, TensorSpec]]) -> 
         "dtypes": dict(sorted(dtypes.items())),
         "chunk_bytes": chunk_bytes,
         "chunks": chunks,
-        "checksums": None if chunk_bytes is None else "crc32c",
+        "checksums": "pending" if model.checksums_pending else None if chunk_bytes is None else "crc32c",
         "files": [_file_json(file) for file in model.files],
     }
 
@@ -176,7 +176,8 @@ def _info_lines(document: Mapping[str, object]) -> list[str]:
     if document["store_layout"] == "sglang":
         chunks = "none: whole values, without checksums"
     if document["chunk_bytes"] is not None:
-        chunks = f"{number('chunks'):,} of {number('chunk_bytes'):,} bytes, with CRC32C"
+        verified = "checksums pending" if document["checksums"] == "pending" else "with CRC32C"
+        chunks = f"{number('chunks'):,} of {number('chunk_bytes'):,} bytes, {verified}"
     tied = f", {number('tied')} of them tied" if document["tied"] else ""
     rows = [
         ("url", str(document["url"])),

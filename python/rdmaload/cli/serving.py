@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import ipaddress
 import os
+import queue
 import signal
 import socket
 import sys
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from rdmaload._core import WeightServer, WeightStore
-    from rdmaload.exports import Export
+    from rdmaload.exports import DirectoryExport
 
 __all__ = ["register"]
 
@@ -52,7 +53,7 @@ def register(commands: Commands) -> None:
         "otherwise, and then it wants a password. It speaks no TLS: use it inside a network that you trust, or "
         "behind a TLS proxy. SIGTERM and SIGINT end it cleanly.",
         prints="The url once it answers, and a line per exported model; with --json one document with url, host, "
-        "port, max_memory, threads and models (model, files, bytes, generation, cached_bytes).",
+        "port, max_memory, threads and models (model, files, bytes, generation, cached_bytes, checksums).",
         exits={0: "it was told to end, by a signal or by SHUTDOWN", 6: "it cannot listen on that address"},
         examples=[
             "rdmaload serve",
@@ -73,6 +74,12 @@ def register(commands: Commands) -> None:
     serve.add_argument("--threads", type=whole_number, metavar="N", help="threads that serve (up to 4, by the CPUs)")
     serve.add_argument(
         "--models", type=Path, metavar="DIR", help="give out each sub-directory of DIR with safetensors as a model"
+    )
+    serve.add_argument(
+        "--wait-checksums",
+        action="store_true",
+        help="answer nobody before the checksums of --models are computed; otherwise clients that come earlier "
+        "cannot verify what they load, and count it as unverified",
     )
     serve.add_argument(
         "--insecure", action="store_true", help="allow other machines without a password: anybody can read and write"
@@ -100,7 +107,9 @@ def register(commands: Commands) -> None:
 
 def _serve(args: argparse.Namespace) -> int:
     from rdmaload import __version__, _core
+    from rdmaload.exports import BackgroundChecksums
     from rdmaload.host_memory import available_bytes
+    from rdmaload.index import PENDING
     from rdmaload.options import Options
 
     if args.option_texts:
@@ -117,7 +126,8 @@ def _serve(args: argparse.Namespace) -> int:
     limit = args.max_memory or int(available_bytes() * _MEMORY_SHARE)
     threads = args.threads or min(_MAX_THREADS, len(os.sched_getaffinity(0)))
     store = _core.WeightStore(limit)
-    exports = _export(args, store, threads) if args.models is not None else []
+    exported = _export(args, store, threads) if args.models is not None else []
+    exports = [one.description for one in exported if one.description is not None]
     server = _core.WeightServer(
         store,
         host=args.host,
@@ -138,12 +148,17 @@ def _serve(args: argparse.Namespace) -> int:
         "models": [vars(export) for export in exports],
     }
     lines = [f"serving {url} with room for {size_text(limit)}"]
-    lines += [f"  {url}/{one.model}: {count_text(one.files, 'file')}, {size_text(one.bytes)}" for one in exports]
+    lines += [
+        f"  {url}/{one.model}: {count_text(one.files, 'file')}, {size_text(one.bytes)}"
+        + ", checksums are being computed" * (one.checksums == PENDING)
+        for one in exports
+    ]
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
     try:
-        with _stop_signals() as stopped:
+        with _stop_signals() as stopped, BackgroundChecksums(exported, _checksum_threads(threads), said.put):
             write_result(args.json, document, lines)
             sys.stdout.flush()
-            _until_told(server, stopped)
+            _until_told(server, stopped, said)
     finally:
         server.close()
     return 0
@@ -157,12 +172,26 @@ def _only_this_machine(host: str) -> bool:
     return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)
 
 
-def _export(args: argparse.Namespace, store: WeightStore, threads: int) -> list[Export]:
-    from rdmaload.exports import cache_directory, export_directories, model_directories
+def _export(args: argparse.Namespace, store: WeightStore, threads: int) -> list[DirectoryExport]:
+    from rdmaload.export_checksums import cache_directory
+    from rdmaload.exports import export_directories, model_directories
 
     models = model_directories(args.models)
     with progress_bar(args, "checksums") as progress:
-        return list(export_directories(store, models, cache=cache_directory(), threads=threads, progress=progress))
+        exports = export_directories(
+            store,
+            models,
+            cache=cache_directory(),
+            threads=threads,
+            wait_checksums=args.wait_checksums,
+            progress=progress,
+        )
+        return list(exports)
+
+
+def _checksum_threads(threads: int) -> int:
+    """How many compute checksums beside `threads` that serve: clients go first."""
+    return max(1, threads // 2)
 
 
 @contextlib.contextmanager
@@ -181,9 +210,12 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _until_told(server: WeightServer, stopped: list[int]) -> None:
+def _until_told(server: WeightServer, stopped: list[int], said: queue.SimpleQueue[str]) -> None:
     while not stopped and not server.wait(_LOOK_SECONDS):
-        for line in server.take_log():
+        lines = server.take_log()
+        while not said.empty():
+            lines.append(said.get())
+        for line in lines:
             write_error(line)
 
 

@@ -3,6 +3,8 @@
 
 #include <doctest/doctest.h>
 
+#include <sys/stat.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -228,7 +230,6 @@ TEST_CASE("store: exported keys cannot be written, and a changed file is refused
   const auto memory = ValueMemory::make(kMiB);
   Store store(memory);
   store.export_value("m/manifest", value_of(*memory, "x"));
-  CHECK_THROWS_AS(store.export_value("m/manifest", value_of(*memory, "y")), rdmaload::Error);
   CHECK(store.set("m/manifest", value_of(*memory, "y"), SetCondition::kAlways) == Outcome::kReadOnly);
   store.set("free", value_of(*memory, "y"), SetCondition::kAlways);
   const std::string_view keys[] = {"free", "m/manifest"};
@@ -261,4 +262,41 @@ TEST_CASE("patterns") {
   std::string stars;
   for (int i = 0; i < 1000; ++i) stars += "*a";
   CHECK(!glob_matches(stars + "b", std::string(5000, 'a')));
+}
+
+TEST_CASE(
+    "an exported value can be replaced by its exporter only, and what is unlocked belongs to everybody") {
+  const rdmaload::testing::TempDir folder;
+  folder.write("file", rdmaload::testing::random_bytes(100, 1));
+  const std::string path = (folder.path() / "file").string();
+  struct stat status{};
+  REQUIRE(stat(path.c_str(), &status) == 0);
+  const auto file = std::make_shared<const ExportedFile>(
+      path, 100, int64_t{status.st_mtim.tv_sec} * 1'000'000'000 + status.st_mtim.tv_nsec);
+  const auto memory = ValueMemory::make(kMiB);
+  {
+    Store store(memory);
+    store.export_range("old/0", {file, 10, 20});
+    store.export_copy("new/0", "old/0");
+    CHECK(std::get<FileRange>(store.get("new/0").content).offset == 10);
+    CHECK_THROWS_AS(store.export_copy("new/0", "old/0"), rdmaload::Error);
+    CHECK_THROWS_AS(store.export_copy("other", "none"), rdmaload::Error);
+    store.export_value("m", value_of(*memory, "one"));
+    store.export_value("m", value_of(*memory, "two"));
+    CHECK(text_in(store.get("m")) == "two");
+    CHECK(store.set("m", value_of(*memory, "x"), SetCondition::kAlways) == Outcome::kReadOnly);
+    CHECK(store.set("theirs", value_of(*memory, "x"), SetCondition::kAlways) == Outcome::kDone);
+    CHECK_THROWS_AS(store.export_value("theirs", value_of(*memory, "y")), rdmaload::Error);
+
+    store.unlock("old/0");
+    store.unlock("none");
+    CHECK(store.set("new/0", value_of(*memory, "x"), SetCondition::kAlways) == Outcome::kReadOnly);
+    CHECK(store.set("old/0", value_of(*memory, "x"), SetCondition::kAlways) == Outcome::kDone);
+    CHECK(text_in(store.get("old/0")) == "x");
+    store.unlock("new/0");
+    const std::string_view key = "new/0";
+    CHECK(store.remove({&key, 1}).count == 1);
+    CHECK(store.size() == 3);
+  }
+  CHECK(memory->held_bytes() == 0);
 }
