@@ -88,6 +88,7 @@ py::dict counters_of(const Server& server) {
   found["bytes_received"] = counters.bytes_received.load();
   found["bytes_sent"] = counters.bytes_sent.load();
   found["refused_for_memory"] = counters.refused_for_memory.load();
+  found["tls_failures"] = counters.tls_failures.load();
   found["files_failed"] = counters.files_failed.load();
   found["keys"] = server.store()->size();
   found["values"] = memory.values();
@@ -100,7 +101,8 @@ py::dict counters_of(const Server& server) {
 // A server's threads do not exist in a process forked from its own: there it is abandoned.
 std::shared_ptr<Server> make_server(std::shared_ptr<Store> store, std::string host, int port,
                                     std::optional<std::string> password, int threads, int max_connections,
-                                    double stall_timeout, std::string version) {
+                                    double stall_timeout, std::string version,
+                                    const std::optional<std::array<std::string, 3>>& tls) {
   ServerOptions options;
   options.host = std::move(host);
   options.port = port;
@@ -109,6 +111,7 @@ std::shared_ptr<Server> make_server(std::shared_ptr<Store> store, std::string ho
   options.max_connections = max_connections;
   options.stall_timeout = std::chrono::duration<double>(stall_timeout);
   options.version = std::move(version);
+  if (tls) options.tls = {(*tls)[0], (*tls)[1], (*tls)[2]};
   return {new Server(std::move(store), std::move(options)), [maker = getpid()](Server* doomed) {
             if (getpid() != maker) return;
             if (PyGILState_Check() == 0) {
@@ -139,7 +142,8 @@ void register_server(py::module_& module) {
   py::class_<Server, std::shared_ptr<Server>>(module, "WeightServer")
       .def(py::init(&make_server), py::arg("store"), py::kw_only(), py::arg("host") = "127.0.0.1",
            py::arg("port") = 0, py::arg("password") = py::none(), py::arg("threads") = 2,
-           py::arg("max_connections") = 10000, py::arg("stall_timeout") = 120.0, py::arg("version") = "")
+           py::arg("max_connections") = 10000, py::arg("stall_timeout") = 120.0, py::arg("version") = "",
+           py::arg("tls") = py::none())
       .def_property_readonly("port", &Server::port)
       .def_property_readonly("counters", &counters_of)
       .def(

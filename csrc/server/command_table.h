@@ -8,6 +8,8 @@
 
 namespace rdmaload::server {
 
+constexpr std::string_view kRedisVersion = "7.2.0";  // whose behaviour clients may expect of what is here
+
 struct Session::Command {
   std::string_view name;  // in capitals
   size_t least;           // words, the name included

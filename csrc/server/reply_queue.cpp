@@ -41,13 +41,13 @@ void ReplyQueue::content(const Content& content, uint64_t offset, uint64_t lengt
   }
 }
 
-bool ReplyQueue::by_reference(const Piece& piece) {
+bool ReplyQueue::by_reference(const Piece& piece, Large large) {
   const auto* value = std::get_if<ValuePtr>(&piece.source);
   if (value == nullptr) return std::holds_alternative<FileRange>(piece.source);
-  return (*value)->descriptor() >= 0 && piece.length >= kByReferenceBytes;
+  return large == Large::kAsFiles && (*value)->descriptor() >= 0 && piece.length >= kByReferenceBytes;
 }
 
-size_t ReplyQueue::gather(std::span<iovec> vectors, uint64_t max_bytes) const {
+size_t ReplyQueue::gather(std::span<iovec> vectors, uint64_t max_bytes, Large large) const {
   size_t count = 0;
   uint64_t bytes = 0;
   for (const Piece& piece : pieces_) {
@@ -56,7 +56,7 @@ size_t ReplyQueue::gather(std::span<iovec> vectors, uint64_t max_bytes) const {
     if (const auto* text = std::get_if<std::string>(&piece.source)) {
       data = text->data() + piece.offset;
     } else if (const auto* value = std::get_if<ValuePtr>(&piece.source);
-               value != nullptr && !by_reference(piece)) {
+               value != nullptr && !by_reference(piece, large)) {
       data = reinterpret_cast<const char*>((*value)->bytes().data()) + piece.offset;
     } else {
       break;

@@ -30,8 +30,9 @@ class ReplyQueue {
   uint64_t bytes() const noexcept { return bytes_; }  // values and files included
 
   // What to send next is either memory (returns how many of `vectors` it filled, with at most `max_bytes`),
-  // or a file's range, which a large part of a stored value is, too (returns 0: see front_file()).
-  size_t gather(std::span<iovec> vectors, uint64_t max_bytes) const;
+  // or a file's range (returns 0: see front_file()). A large part of a stored value is both, as `large` says.
+  enum class Large { kAsFiles, kAsMemory };
+  size_t gather(std::span<iovec> vectors, uint64_t max_bytes, Large large = Large::kAsFiles) const;
   struct FileSlice {
     int descriptor;
     const ExportedFile* exported;  // null for a stored value
@@ -51,7 +52,7 @@ class ReplyQueue {
     uint64_t length = 0;
   };
 
-  static bool by_reference(const Piece& piece);
+  static bool by_reference(const Piece& piece, Large large);
 
   std::deque<Piece> pieces_;
   size_t text_bytes_ = 0;

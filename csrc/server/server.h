@@ -11,12 +11,12 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <thread>
 #include <unordered_map>
 #include <vector>
 
 #include "server/session.h"
 #include "server/store.h"
+#include "transport/tls_server.h"
 
 namespace rdmaload::server {
 
@@ -24,6 +24,7 @@ struct ServerOptions {
   std::string host = "127.0.0.1";  // a numeric address or a name; "" or "0.0.0.0" is every address
   int port = 0;                    // 0: a free one
   std::string password;            // empty: nobody is asked
+  TlsServerOptions tls;            // without a certificate: plain
   int threads = 2;
   int max_connections = 10'000;
   // A connection with a request or a reply under way of which nothing moves for so long is closed; so is one
@@ -35,7 +36,7 @@ struct ServerOptions {
 class Server {
  public:
   // Throws Error(kUnavailable) naming the address when it cannot listen, kInvalid for options that make no
-  // sense.
+  // sense, and what TlsServerContext throws.
   Server(std::shared_ptr<Store> store, ServerOptions options);
   ~Server();
   Server(const Server&) = delete;
@@ -65,6 +66,7 @@ class Server {
   const ServerOptions options_;
   Counters counters_;
   Shared shared_;
+  const std::unique_ptr<const TlsServerContext> tls_;  // null: plain
   int listener_ = -1;
 
   std::mutex mutex_;

@@ -36,6 +36,7 @@ struct Counters {
   std::atomic<uint64_t> bytes_received = 0;
   std::atomic<uint64_t> bytes_sent = 0;
   std::atomic<uint64_t> refused_for_memory = 0;
+  std::atomic<uint64_t> tls_failures = 0;  // handshakes
   std::atomic<uint64_t> files_failed = 0;  // replies that ended early because a file is short or unreadable
 };
 
@@ -51,6 +52,7 @@ struct Shared {
   std::chrono::steady_clock::time_point started;
   std::function<void()> shut_down;            // from any thread; returns at once
   std::function<std::string()> client_lines;  // what CLIENT LIST shows
+  bool tls = false;
 };
 
 class Session {

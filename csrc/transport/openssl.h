@@ -3,7 +3,7 @@
 // Opened rather than linked: an import then never fails for want of it, security updates of the machine
 // apply, the machine's own store of certificates is found, and in a Python process it is the very library
 // that the ssl module uses. Only headers are needed to build; a build without them has no TLS and says so.
-// Included by tls.cpp alone.
+// Included by tls.cpp and tls_server.cpp alone.
 #pragma once
 
 #include <openssl/bio.h>
@@ -11,6 +11,10 @@
 #include <openssl/ssl.h>
 #include <openssl/x509_vfy.h>
 #include <openssl/x509v3.h>
+
+#include <string>
+
+#include "core/error.h"
 
 namespace rdmaload {
 
@@ -41,6 +45,7 @@ namespace rdmaload {
   X(SSL_CTX_set_default_read_buffer_len) \
   X(SSL_CTX_set_default_verify_paths)    \
   X(SSL_CTX_set_options)                 \
+  X(SSL_CTX_set_session_id_context)      \
   X(SSL_CTX_set_verify)                  \
   X(SSL_CTX_use_PrivateKey_file)         \
   X(SSL_CTX_use_certificate_chain_file)  \
@@ -50,12 +55,15 @@ namespace rdmaload {
   X(SSL_get0_param)                      \
   X(SSL_get_error)                       \
   X(SSL_get_verify_result)               \
+  X(SSL_is_init_finished)                \
   X(SSL_new)                             \
   X(SSL_read_ex)                         \
+  X(SSL_set_accept_state)                \
   X(SSL_set_bio)                         \
   X(SSL_shutdown)                        \
   X(SSL_write_ex)                        \
   X(TLS_client_method)                   \
+  X(TLS_server_method)                   \
   X(X509_VERIFY_PARAM_set1_host)         \
   X(X509_VERIFY_PARAM_set1_ip_asc)       \
   X(X509_VERIFY_PARAM_set_hostflags)     \
@@ -71,5 +79,12 @@ struct OpenSsl {
 
 // The process's one, opened at first use and never closed: other libraries may use it until the end.
 const OpenSsl& openssl();
+
+// Why the last call of this thread failed, in OpenSSL's words.
+std::string openssl_error();
+// The file of this option cannot be used, and why.
+Error unusable_file(const char* option, const std::string& path);
+// A password callback that asks nobody: a terminal would wait for ever.
+int no_password(char*, int, int, void*);
 
 }  // namespace rdmaload

@@ -21,32 +21,10 @@ constexpr size_t kReadAheadBytes = 128 << 10;
 // What alerts are called in OpenSSL's error numbers.
 constexpr int kAlert = 1000;
 
-// Why the last call of this thread failed, in OpenSSL's words.
-std::string library_error() {
-  const OpenSsl& ssl = openssl();
-  const unsigned long error = ssl.ERR_peek_last_error();
-  if (error == 0) return "no reason given";
-  char text[256];
-  ssl.ERR_error_string_n(error, text, sizeof(text));
-  // "error:0A000086:SSL routines::certificate verify failed": what is after the last colon says it.
-  const std::string_view whole = text;
-  const size_t colon = whole.rfind(':');
-  return std::string(colon == std::string_view::npos ? whole : whole.substr(colon + 1));
-}
-
-Error unusable(const char* option, const std::string& path) {
-  const bool readable = ::access(path.c_str(), R_OK) == 0;
-  const std::string reason = readable ? library_error() : std::strerror(errno);
-  return Error(ErrorCode::kAuthentication, std::string(option) + "=" + path + " cannot be used: " + reason);
-}
-
 bool is_address(const std::string& name) {
   in6_addr binary;
   return inet_pton(AF_INET, name.c_str(), &binary) == 1 || inet_pton(AF_INET6, name.c_str(), &binary) == 1;
 }
-
-// Asks nobody for the password of an encrypted key: a terminal would wait for ever.
-int no_password(char*, int, int, void*) { return -1; }
 
 }  // namespace
 
@@ -58,7 +36,7 @@ TlsContext::TlsContext(TlsOptions options) : options_(std::move(options)) {
   ssl.ERR_clear_error();
   std::unique_ptr<SSL_CTX, Deleter> made(ssl.SSL_CTX_new(ssl.TLS_client_method()));
   SSL_CTX* const context = made.get();
-  if (context == nullptr) throw Error(ErrorCode::kNotSupported, "OpenSSL cannot start: " + library_error());
+  if (context == nullptr) throw Error(ErrorCode::kNotSupported, "OpenSSL cannot start: " + openssl_error());
   ssl.SSL_CTX_ctrl(context, SSL_CTRL_SET_MIN_PROTO_VERSION, TLS1_2_VERSION, nullptr);
   ssl.SSL_CTX_set_options(context, SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION);
   ssl.SSL_CTX_ctrl(context, SSL_CTRL_MODE,
@@ -72,21 +50,21 @@ TlsContext::TlsContext(TlsOptions options) : options_(std::move(options)) {
     ssl.SSL_CTX_set_default_verify_paths(context);  // none there: verification says so
   }
   if (!with.ca_file.empty() && ssl.SSL_CTX_load_verify_file(context, with.ca_file.c_str()) != 1) {
-    throw unusable("ca_file", with.ca_file);
+    throw unusable_file("ca_file", with.ca_file);
   }
   if (!with.ca_dir.empty() && (::access((with.ca_dir + "/.").c_str(), X_OK) != 0 ||
                                ssl.SSL_CTX_load_verify_dir(context, with.ca_dir.c_str()) != 1)) {
-    throw unusable("ca_dir", with.ca_dir);
+    throw unusable_file("ca_dir", with.ca_dir);
   }
   if (!with.client_cert_file.empty()) {
     if (ssl.SSL_CTX_use_certificate_chain_file(context, with.client_cert_file.c_str()) != 1) {
-      throw unusable("client_cert_file", with.client_cert_file);
+      throw unusable_file("client_cert_file", with.client_cert_file);
     }
     const bool together = with.client_key_file.empty();
     const std::string& key = together ? with.client_cert_file : with.client_key_file;
     if (ssl.SSL_CTX_use_PrivateKey_file(context, key.c_str(), SSL_FILETYPE_PEM) != 1 ||
         ssl.SSL_CTX_check_private_key(context) != 1) {
-      throw unusable(together ? "client_cert_file" : "client_key_file", key);
+      throw unusable_file(together ? "client_cert_file" : "client_key_file", key);
     }
   }
   context_ = made.release();
@@ -152,7 +130,7 @@ TlsStream::Session::Session(Socket connected, const TlsContext& context, const s
   BIO* const bio = ssl != nullptr ? lib.BIO_new(method()) : nullptr;
   if (bio == nullptr) {
     lib.SSL_free(ssl);
-    throw Error(ErrorCode::kUnavailable, "OpenSSL cannot make a connection: " + library_error());
+    throw Error(ErrorCode::kUnavailable, "OpenSSL cannot make a connection: " + openssl_error());
   }
   lib.BIO_set_data(bio, this);
   lib.SSL_set_bio(ssl, bio, bio);  // owns it now
@@ -231,7 +209,7 @@ Error TlsStream::Session::failure(int result) {
                          : " during the TLS handshake: is it a TLS port, and has it a certificate?"));
   }
   const int reason = ERR_GET_REASON(lib.ERR_peek_last_error());
-  const std::string said = library_error();
+  const std::string said = openssl_error();
   switch (reason) {
     case SSL_R_CERTIFICATE_VERIFY_FAILED: {
       const long why = lib.SSL_get_verify_result(ssl);

@@ -294,7 +294,9 @@ class WeightServer:
         max_connections: int = 10000,
         stall_timeout: float = 120.0,
         version: str = "",
-    ) -> None: ...
+        tls: tuple[str, str, str] | None = None,
+    ) -> None:
+        """`tls`: files of certificate, key ("": in the certificate's) and authority of clients ("": none asked)."""
     @property
     def port(self) -> int: ...
     @property

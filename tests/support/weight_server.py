@@ -20,6 +20,8 @@ import rdmaload
 if TYPE_CHECKING:
     import redis
 
+    from tests.support.certificates import Authority, Issued
+
 __all__ = ["WeightServer"]
 
 READY_SECONDS = 60.0  # only an overloaded machine needs so long
@@ -27,7 +29,7 @@ PACKAGE = Path(rdmaload.__file__).parents[1]
 
 
 class WeightServer:
-    """Runs `rdmaload serve --port 0` on 127.0.0.1.
+    """Runs `rdmaload serve --port 0` on 127.0.0.1; with `tls`, as RedisServer does, it speaks TLS only.
 
     with WeightServer(max_memory=2**30) as server:
         rdmaload.save(directory, server.url("llama"))
@@ -42,13 +44,22 @@ class WeightServer:
         threads: int = 2,
         models: Path | None = None,
         cache: Path | None = None,
+        tls: Authority | None = None,
+        certificate: Issued | None = None,
+        tls_clients: bool = False,
         args: Iterable[str] = (),
     ) -> None:
         self.password = password
+        self.tls = tls
+        self.client_certificate = tls.issue(names=("client",)) if tls is not None and tls_clients else None
         command = [sys.executable, "-m", "rdmaload", "serve", "--port", "0", "--json", "--max-memory", str(max_memory)]
         command += ["--threads", str(threads), *args]
         if password_file is not None:
             command += ["--password-file", str(password_file)]
+        if tls is not None:
+            issued = certificate or tls.issue()
+            command += ["--tls-cert", str(issued.cert_file), "--tls-key", str(issued.key_file)]
+            command += ["--tls-client-ca", str(tls.ca_file)] if tls_clients else []
         if models is not None:
             command += ["--models", str(models)]
         environment = {**os.environ, "PYTHONPATH": str(PACKAGE)}
@@ -95,7 +106,13 @@ class WeightServer:
     def url(self, model: str, **query: object) -> str:
         """The url of `model` in this server, with the password and the options of `query`."""
         secret = f":{quote(self.password, safe='')}@" if self.password is not None else ""
-        text = f"redis://{secret}127.0.0.1:{self.port}/{quote(model)}"
+        if self.tls is not None:
+            query = {"ca_file": self.tls.ca_file, **query}
+            if self.client_certificate is not None:
+                files = self.client_certificate
+                query = {"client_cert_file": files.cert_file, "client_key_file": files.key_file, **query}
+        scheme = "redis" if self.tls is None else "rediss"
+        text = f"{scheme}://{secret}127.0.0.1:{self.port}/{quote(model)}"
         return text + (f"?{urlencode(query)}" if query else "")
 
     def client(self, **arguments: object) -> redis.Redis:
@@ -105,6 +122,11 @@ class WeightServer:
         from redis.retry import Retry
 
         given = {"password": self.password, **arguments}
+        if self.tls is not None:
+            given = {"ssl": True, "ssl_ca_certs": str(self.tls.ca_file), **given}
+            if self.client_certificate is not None:
+                files = self.client_certificate
+                given = {"ssl_certfile": str(files.cert_file), "ssl_keyfile": str(files.key_file), **given}
         return redis.Redis(host="127.0.0.1", port=self.port, retry=Retry(NoBackoff(), 0), **given)  # type: ignore[arg-type]
 
     def end(self, number: int = signal.SIGTERM) -> int:

@@ -50,8 +50,7 @@ def register(commands: Commands) -> None:
         description="Run a server that keeps models in memory: every client of Redis can save to it and load "
         "from it, and with --models it also gives out checkpoint directories without a save. It holds what was "
         "saved until it ends; nothing is written to disk. It listens on this machine only, unless --host says "
-        "otherwise, and then it wants a password. It speaks no TLS: use it inside a network that you trust, or "
-        "behind a TLS proxy. SIGTERM and SIGINT end it cleanly.",
+        "otherwise, and then it wants a password or TLS. SIGTERM and SIGINT end it cleanly.",
         prints="The url once it answers, and a line per exported model; with --json one document with url, host, "
         "port, max_memory, threads and models (model, files, bytes, generation, cached_bytes, checksums).",
         exits={0: "it was told to end, by a signal or by SHUTDOWN", 6: "it cannot listen on that address"},
@@ -59,6 +58,7 @@ def register(commands: Commands) -> None:
             "rdmaload serve",
             "rdmaload serve --models /models --max-memory 64GiB",
             "rdmaload serve --host 0.0.0.0 --password-file /run/secrets/store",
+            "rdmaload serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem --password-file secret",
         ],
         environment=_ENVIRONMENT,
     )
@@ -71,6 +71,13 @@ def register(commands: Commands) -> None:
         help="refuse what does not fit into this; 80%% of what machine and control group leave, unless given",
     )
     serve.add_argument("--password-file", metavar="FILE", help="clients must give the password that FILE holds")
+    serve.add_argument(
+        "--tls-cert", metavar="FILE", help="speak TLS only, with the certificate (PEM, with its chain) in FILE"
+    )
+    serve.add_argument("--tls-key", metavar="FILE", help="its key (PEM); in the certificate's file unless given")
+    serve.add_argument(
+        "--tls-client-ca", metavar="FILE", help="clients must show a certificate that one in FILE (PEM) has signed"
+    )
     serve.add_argument("--threads", type=whole_number, metavar="N", help="threads that serve (up to 4, by the CPUs)")
     serve.add_argument(
         "--models", type=Path, metavar="DIR", help="give out each sub-directory of DIR with safetensors as a model"
@@ -82,7 +89,9 @@ def register(commands: Commands) -> None:
         "cannot verify what they load, and count it as unverified",
     )
     serve.add_argument(
-        "--insecure", action="store_true", help="allow other machines without a password: anybody can read and write"
+        "--insecure",
+        action="store_true",
+        help="allow other machines without a password and without TLS: anybody can read and write",
     )
     serve.add_argument(
         "--max-connections", type=whole_number, default=10_000, metavar="N", help="refuse more clients (10000)"
@@ -118,11 +127,18 @@ def _serve(args: argparse.Namespace) -> int:
         if getattr(args, name) == 0:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
     password = Options(password_file=args.password_file).read_password() if args.password_file else None
-    if password is None and not args.insecure and not _only_this_machine(args.host):
-        raise UsageError(
-            f"--host {args.host} lets other machines read and write models: give --password-file, or --insecure "
-            "if everybody in that network may"
-        )
+    tls = _tls(args)
+    if not _only_this_machine(args.host) and not args.insecure:
+        if password is None and tls is None:
+            raise UsageError(
+                f"--host {args.host} lets other machines read and write models: give --password-file, --tls-cert (best "
+                "with --tls-client-ca or a password), or --insecure if everybody in that network may"
+            )
+        if password is None and not args.tls_client_ca:
+            write_error(
+                f"--host {args.host} with --tls-cert alone: nobody can listen in, but everybody who reaches the server "
+                "can read and write models; --password-file or --tls-client-ca says who may"
+            )
     limit = args.max_memory or int(available_bytes() * _MEMORY_SHARE)
     threads = args.threads or min(_MAX_THREADS, len(os.sched_getaffinity(0)))
     store = _core.WeightStore(limit)
@@ -136,9 +152,10 @@ def _serve(args: argparse.Namespace) -> int:
         threads=threads,
         max_connections=args.max_connections,
         version=__version__,
+        tls=tls,
     )
     shown = f"[{args.host}]" if ":" in args.host else args.host
-    url = f"redis://{shown}:{server.port}"
+    url = f"{'redis' if tls is None else 'rediss'}://{shown}:{server.port}"
     document = {
         "url": url,
         "host": args.host,
@@ -162,6 +179,13 @@ def _serve(args: argparse.Namespace) -> int:
     finally:
         server.close()
     return 0
+
+
+def _tls(args: argparse.Namespace) -> tuple[str, str, str] | None:
+    for name in ("tls_key", "tls_client_ca"):
+        if getattr(args, name) and not args.tls_cert:
+            raise UsageError(f"--{name.replace('_', '-')} means nothing without --tls-cert")
+    return (args.tls_cert, args.tls_key or "", args.tls_client_ca or "") if args.tls_cert else None
 
 
 def _only_this_machine(host: str) -> bool:
