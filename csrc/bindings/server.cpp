@@ -88,6 +88,8 @@ py::dict counters_of(const Server& server) {
   found["bytes_received"] = counters.bytes_received.load();
   found["bytes_sent"] = counters.bytes_sent.load();
   found["refused_for_memory"] = counters.refused_for_memory.load();
+  found["auth_failures"] = counters.auth_failures.load();
+  found["auth_refused"] = counters.auth_refused.load();
   found["tls_failures"] = counters.tls_failures.load();
   found["files_failed"] = counters.files_failed.load();
   found["keys"] = server.store()->size();

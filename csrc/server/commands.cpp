@@ -78,9 +78,20 @@ const Session::Command* Session::find_command(std::string_view name) {
 // ---- who is asking -----------------------------------------------------------------------------
 
 bool Session::check_password(std::string_view user, std::string_view password) {
+  const auto now = AuthLimiter::Clock::now();
+  if (!shared_.auth_limiter.may_try(address_, now)) {
+    ++shared_.counters.auth_refused;
+    // Our clients try again after this, and others report it.
+    error("TRYAGAIN too many wrong passwords came from your address: wait a second");
+    closing_ = true;
+    return false;
+  }
   const bool known =
       !shared_.password.empty() && user == "default" && same_secret(password, shared_.password);
   if (!known) {
+    ++shared_.counters.auth_failures;
+    const std::hash<std::string_view> hash;
+    shared_.auth_limiter.failed(address_, hash(password) + 31 * hash(user), now);
     error("WRONGPASS invalid username-password pair or user is disabled.");
     return false;
   }

@@ -105,6 +105,8 @@ std::string Session::info_text(std::string_view section) const {
     number("maxclients", static_cast<uint64_t>(shared_.max_connections));
     number("stalled_clients_closed", counters.connections_stalled);
     number("tls_handshakes_failed", counters.tls_failures);
+    number("wrong_passwords", counters.auth_failures);
+    number("passwords_not_looked_at", counters.auth_refused);
   } else if (section == "MEMORY") {
     text = "# Memory\r\n";
     number("used_memory", memory.used_bytes());

@@ -17,6 +17,7 @@
 #include <string_view>
 #include <vector>
 
+#include "server/auth_limiter.h"
 #include "server/reply_queue.h"
 #include "server/request.h"
 #include "server/store.h"
@@ -37,6 +38,8 @@ struct Counters {
   std::atomic<uint64_t> bytes_sent = 0;
   std::atomic<uint64_t> refused_for_memory = 0;
   std::atomic<uint64_t> tls_failures = 0;  // handshakes
+  std::atomic<uint64_t> auth_failures = 0;
+  std::atomic<uint64_t> auth_refused = 0;  // not looked at: too many failed before
   std::atomic<uint64_t> files_failed = 0;  // replies that ended early because a file is short or unreadable
 };
 
@@ -53,6 +56,7 @@ struct Shared {
   std::function<void()> shut_down;            // from any thread; returns at once
   std::function<std::string()> client_lines;  // what CLIENT LIST shows
   bool tls = false;
+  AuthLimiter auth_limiter = {};
 };
 
 class Session {

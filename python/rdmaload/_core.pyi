@@ -266,6 +266,9 @@ class _ServerCounters(TypedDict):
     bytes_received: int
     bytes_sent: int
     refused_for_memory: int
+    auth_failures: int
+    auth_refused: int
+    tls_failures: int
     files_failed: int
     keys: int
     values: int

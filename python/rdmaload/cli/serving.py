@@ -58,7 +58,7 @@ def register(commands: Commands) -> None:
             "rdmaload serve",
             "rdmaload serve --models /models --max-memory 64GiB",
             "rdmaload serve --host 0.0.0.0 --password-file /run/secrets/store",
-            "rdmaload serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem --password-file secret",
+            "rdmaload serve --host 0.0.0.0 --tls-cert both.pem --password-file pw",
         ],
         environment=_ENVIRONMENT,
     )

@@ -33,7 +33,14 @@ constexpr auto kPatience = std::chrono::seconds(30);  // only an overloaded mach
 
 class Client {
  public:
-  explicit Client(int port, int receive_buffer = 0) : fd_(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0)) {
+  explicit Client(int port, int receive_buffer = 0, const char* from = nullptr)
+      : fd_(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0)) {
+    if (from != nullptr) {  // every 127.x.y.z is this machine
+      sockaddr_in own{};
+      own.sin_family = AF_INET;
+      inet_pton(AF_INET, from, &own.sin_addr);
+      REQUIRE(bind(fd_, reinterpret_cast<sockaddr*>(&own), sizeof(own)) == 0);
+    }
     if (receive_buffer > 0) setsockopt(fd_, SOL_SOCKET, SO_RCVBUF, &receive_buffer, sizeof(receive_buffer));
     const timeval patience{30, 0};
     setsockopt(fd_, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
@@ -267,6 +274,34 @@ TEST_CASE("before authentication nothing but authentication is understood") {
   client.send(words({"RESET"}) + words({"GET", "k"}));
   CHECK(client.line() == "+RESET\r\n");
   CHECK(client.line().substr(0, 7) == "-NOAUTH");
+}
+
+TEST_CASE("who guesses passwords is soon not listened to; others, and who is in already, notice nothing") {
+  ServerOptions options;
+  options.password = "secret";
+  Running running(options);
+  Client early(running.server.port(), 0, "127.0.0.2");
+  early.send(words({"AUTH", "secret"}));
+  CHECK(early.line() == "+OK\r\n");
+  int guesses = 0;
+  std::string answer;
+  do {
+    Client guesser(running.server.port(), 0, "127.0.0.2");
+    const std::string guess = std::to_string(++guesses);
+    guesser.send(guesses % 2 == 0 ? words({"AUTH", guess}) : words({"HELLO", "3", "AUTH", "default", guess}));
+    answer = guesser.line();
+    CHECK(answer.substr(0, 1) == "-");
+    if (answer.substr(0, 9) == "-TRYAGAIN") CHECK(guesser.rest().empty());  // and is closed
+  } while (answer.substr(0, 9) != "-TRYAGAIN" && guesses < 1000);
+  CHECK(answer.substr(0, 9) == "-TRYAGAIN");
+  CHECK(running.counters().auth_failures == static_cast<uint64_t>(guesses) - 1);
+  CHECK(running.counters().auth_failures >= 10);
+  CHECK(running.counters().auth_refused == 1);
+  Client other = running.client();
+  other.send(words({"AUTH", "secret"}));
+  CHECK(other.line() == "+OK\r\n");
+  early.send("PING\r\n");
+  CHECK(early.line() == "+PONG\r\n");
 }
 
 TEST_CASE("a client that takes no replies is not read from: what waits for it stays bounded") {
