@@ -35,6 +35,8 @@ class WeightServer:
         rdmaload.save(directory, server.url("llama"))
     """
 
+    host = "127.0.0.1"
+
     def __init__(
         self,
         *,
