@@ -1,5 +1,7 @@
 """The whole road in a minute: make a checkpoint, start a store, save, load, compare every byte.
 
+The store is `rdmaload serve`, so that nothing has to be installed; --store redis-server takes that one.
+
 `scripts/demo` sets the environment up and calls this. Exit code 1 means that a byte differed or a
 step failed.
 """
@@ -22,6 +24,7 @@ sys.path.insert(0, str(ROOT))  # for the packages benchmarks and tests.support
 from benchmarks import checkpoints  # noqa: E402
 from benchmarks.paired import table  # noqa: E402
 from tests.support.servers import RedisServer, ServerError  # noqa: E402
+from tests.support.weight_server import WeightServer  # noqa: E402
 
 MEMORY_FACTOR = 2.3  # the store's copy and the loaded tensors, and room for everything else
 DISK_FACTOR = 1.1  # the checkpoint and its small files once more
@@ -80,7 +83,14 @@ def files_differing(original: Path, copy: Path) -> list[str]:
     ]
 
 
-def run(total_bytes: float, directory: Path, steps: Steps) -> None:
+def store_of(name: str, total_bytes: float) -> WeightServer | RedisServer:
+    """A server that runs."""
+    if name == "rdmaload serve":
+        return WeightServer(max_memory=int(1.1 * total_bytes) + 2**26)
+    return RedisServer(executable=name)
+
+
+def run(total_bytes: float, directory: Path, steps: Steps, store: str) -> None:
     import torch  # noqa: F401  (imported here, so that no step's time contains it)
 
     import rdmaload
@@ -91,8 +101,8 @@ def run(total_bytes: float, directory: Path, steps: Steps) -> None:
         step.bytes = checkpoint.file_bytes
         step.verified = f"{len(checkpoint.tensors)} tensors, {len(checkpoint.weight_files)} weight files"
     with contextlib.ExitStack() as stack:
-        with steps.step("start redis-server") as step:
-            server = stack.enter_context(RedisServer())
+        with steps.step(f"start {store}") as step:
+            server = stack.enter_context(store_of(store, total_bytes))
             step.path = f"{server.host}:{server.port}"
         url = server.url("llama")
         with steps.step("save") as step:
@@ -150,6 +160,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bytes", type=size, default=1e9, help="size of the checkpoint (default 1e9)")
     parser.add_argument("--dir", type=Path, help="where the temporary directory is made")
+    parser.add_argument(
+        "--store",
+        choices=["rdmaload serve", "redis-server", "valkey-server"],
+        default="rdmaload serve",
+        help="the server that keeps the model (default: rdmaload serve, which needs no other software)",
+    )
     options = parser.parse_args(arguments)
     from rdmaload.errors import RdmaloadError
 
@@ -159,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"demo: {reason}", file=sys.stderr)
             return 1
         try:
-            run(options.bytes, Path(name), steps)
+            run(options.bytes, Path(name), steps, options.store)
         except checkpoints.Mismatch as mismatch:
             steps.print()
             print(f"demo: MISMATCH: {mismatch}", file=sys.stderr)

@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 missing_packages() {
   command -v g++ >/dev/null || echo g++
   command -v make >/dev/null || echo make
-  command -v redis-server >/dev/null || echo redis-server
+  [ -n "${without_redis:-}" ] || command -v redis-server >/dev/null || echo redis-server
   [ -e /usr/include/doctest/doctest.h ] || echo doctest-dev
   [ -e /usr/include/openssl/ssl.h ] || echo libssl-dev
   # The build needs neither: the tests compare our declarations of these libraries with them.
