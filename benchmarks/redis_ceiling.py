@@ -18,6 +18,7 @@ from typing import Any
 
 from benchmarks import checkpoints, paired
 from tests.support.servers import RedisServer
+from tests.support.weight_server import WeightServer
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -41,7 +42,7 @@ SETTINGS = (Setting(1), Setting(2), Setting(1, 256 << 10))
 class Ceiling:
     """The compiled program and the list of chunks that it reads."""
 
-    def __init__(self, directory: Path, server: RedisServer, model: str) -> None:
+    def __init__(self, directory: Path, server: RedisServer | WeightServer, model: str) -> None:
         self._server = server
         self._program = directory / "redis_ceiling"
         self._keys = directory / "keys"
@@ -73,7 +74,7 @@ class Ceiling:
         dump.unlink()
 
 
-def chunk_keys(server: RedisServer, model: str) -> list[tuple[str, int]]:
+def chunk_keys(server: RedisServer | WeightServer, model: str) -> list[tuple[str, int]]:
     """Keys and sizes of the model's weight chunks, file by file, as format 1 names them."""
     with server.client() as client:
         manifest = json.loads(client.get(f"{model}/manifest").splitlines()[0])
