@@ -362,6 +362,26 @@ def test_files_that_change_while_their_checksums_are_computed_stay_unverified(di
         assert not list((tmp_path / "cache").glob("*"))
 
 
+def test_a_file_that_is_written_while_it_is_read_is_not_taken(directory: Path, tmp_path: Path) -> None:
+    path = directory / "other" / "model.safetensors"
+    with Exported(directory / "other", tmp_path / "cache") as exported:
+        early = exported.generation
+        file = exported.export._source.files[0]
+        read = file.read_into
+
+        def read_and_write(offset: int, buffer: memoryview) -> int:
+            count = read(offset, buffer)
+            path.write_bytes(path.read_bytes()[:-1] + b"x")  # in place: the open file changes, too
+            return count
+
+        file.read_into = read_and_write  # type: ignore[method-assign]
+        with pytest.raises(IntegrityError, match="changed"):
+            exported.export.compute(threads=1)
+        assert exported.generation == early
+        assert checksums(exported.url) == "pending"
+        assert not list((tmp_path / "cache").glob("*"))
+
+
 def test_a_server_that_ends_does_not_wait_for_checksums(tmp_path: Path) -> None:
     size = 40 * 10**9  # a hole, but longer to read than the test has patience
     header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
