@@ -12,6 +12,9 @@ missing_packages() {
   # The build needs neither: the tests compare our declarations of these libraries with them.
   [ -e /usr/include/infiniband/verbs.h ] || echo libibverbs-dev
   [ -e /usr/include/rdma/rdma_cma.h ] || echo librdmacm-dev
+  # For the guest of tests/rdma, which sees this file system.
+  [ -e /etc/libibverbs.d/rxe.driver ] || echo ibverbs-providers
+  [ -e /sbin/ip ] || echo iproute2
   command -v python3 >/dev/null || echo python3
   python3 -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
   python3 -c 'import os, sysconfig; assert os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))' \
