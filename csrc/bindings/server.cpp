@@ -17,6 +17,7 @@ namespace {
 using server::Counters;
 using server::ExportedFile;
 using server::FileRange;
+using server::RdmaOptions;
 using server::Server;
 using server::ServerOptions;
 using server::Store;
@@ -92,6 +93,12 @@ py::dict counters_of(const Server& server) {
   found["auth_refused"] = counters.auth_refused.load();
   found["tls_failures"] = counters.tls_failures.load();
   found["files_failed"] = counters.files_failed.load();
+  found["rdma_connections_now"] = counters.rdma_connections_now.load();
+  found["rdma_reads"] = counters.rdma_reads.load();
+  found["rdma_work_requests"] = counters.rdma_work_requests.load();
+  found["rdma_direct_bytes"] = counters.rdma_direct_bytes.load();
+  found["rdma_copied_bytes"] = counters.rdma_copied_bytes.load();
+  found["registered_bytes"] = memory.registered_bytes();
   found["keys"] = server.store()->size();
   found["values"] = memory.values();
   found["used_bytes"] = memory.used_bytes();
@@ -104,7 +111,9 @@ py::dict counters_of(const Server& server) {
 std::shared_ptr<Server> make_server(std::shared_ptr<Store> store, std::string host, int port,
                                     std::optional<std::string> password, int threads, int max_connections,
                                     double stall_timeout, std::string version,
-                                    const std::optional<std::array<std::string, 3>>& tls) {
+                                    const std::optional<std::array<std::string, 3>>& tls,
+                                    std::optional<std::string> rdma_host, std::optional<int> rdma_port,
+                                    int rdma_max_connections) {
   ServerOptions options;
   options.host = std::move(host);
   options.port = port;
@@ -114,6 +123,9 @@ std::shared_ptr<Server> make_server(std::shared_ptr<Store> store, std::string ho
   options.stall_timeout = std::chrono::duration<double>(stall_timeout);
   options.version = std::move(version);
   if (tls) options.tls = {(*tls)[0], (*tls)[1], (*tls)[2]};
+  options.rdma.host = std::move(rdma_host).value_or("");
+  options.rdma.port = rdma_port;
+  options.rdma.max_connections = rdma_max_connections;
   return {new Server(std::move(store), std::move(options)), [maker = getpid()](Server* doomed) {
             if (getpid() != maker) return;
             if (PyGILState_Check() == 0) {
@@ -145,8 +157,10 @@ void register_server(py::module_& module) {
       .def(py::init(&make_server), py::arg("store"), py::kw_only(), py::arg("host") = "127.0.0.1",
            py::arg("port") = 0, py::arg("password") = py::none(), py::arg("threads") = 2,
            py::arg("max_connections") = 10000, py::arg("stall_timeout") = 120.0, py::arg("version") = "",
-           py::arg("tls") = py::none())
+           py::arg("tls") = py::none(), py::arg("rdma_host") = py::none(), py::arg("rdma_port") = py::none(),
+           py::arg("rdma_max_connections") = RdmaOptions{}.max_connections)
       .def_property_readonly("port", &Server::port)
+      .def_property_readonly("rdma_port", &Server::rdma_port)
       .def_property_readonly("counters", &counters_of)
       .def(
           "wait",

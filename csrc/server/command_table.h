@@ -16,6 +16,7 @@ struct Session::Command {
   size_t most;
   bool for_anybody;  // also before authentication
   void (Session::*run)(const Arguments&);
+  bool over_rdma_only = false;  // to others it does not exist
 };
 
 inline char upper(char c) { return c >= 'a' && c <= 'z' ? static_cast<char>(c - 'a' + 'A') : c; }

@@ -11,16 +11,28 @@ namespace rdmaload::server {
 namespace {
 
 constexpr size_t kAnyNumber = std::numeric_limits<size_t>::max();
+constexpr uint64_t kAnyBytes = std::numeric_limits<uint64_t>::max();
 constexpr uint64_t kScanCount = 10;  // Redis' default
 constexpr uint64_t kMaxScanCount =
     10'000;  // COUNT is a hint; this bounds how long the store is busy with one
 constexpr uint64_t kMaxScanBytes = 128 << 10;  // of keys in one reply
 constexpr size_t kMaxNameBytes = 1024;
 
+// Of one RDMALOAD.READ: a chunk's tensors, unless they are tiny. Each is a work request, of which a queue
+// pair takes 1024.
+constexpr size_t kMaxSegments = 256;
+
 std::optional<int64_t> number_of(std::string_view text) {
   int64_t value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
   if (error != std::errc() || end != text.data() + text.size()) return std::nullopt;
+  return value;
+}
+
+std::optional<uint64_t> count_of(std::string_view text, uint64_t most) {
+  uint64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size() || value > most) return std::nullopt;
   return value;
 }
 
@@ -52,6 +64,8 @@ std::span<const Session::Command> Session::commands() {
       {"MGET", 2, kAnyNumber, false, &Session::mget},
       {"PING", 1, 2, false, &Session::ping},
       {"QUIT", 1, kAnyNumber, true, &Session::quit},
+      {"RDMALOAD.HELLO", 2, 2, false, &Session::rdma_hello, true},
+      {"RDMALOAD.READ", 7, 3 + 4 * kMaxSegments, false, &Session::rdma_read, true},
       {"RESET", 1, 1, true, &Session::reset},
       {"SADD", 3, kAnyNumber, false, &Session::sadd},
       {"SCAN", 2, kAnyNumber, false, &Session::scan},
@@ -248,6 +262,65 @@ void Session::get_range(const Arguments& arguments) {
   const int64_t end = *last >= 0 ? std::min(*last, size - 1) : *last < -size ? -1 : size + *last;
   if (size == 0 || begin > end || (*last < -size)) return bulk("");
   content_reply(found.content, static_cast<uint64_t>(begin), static_cast<uint64_t>(end - begin + 1));
+}
+
+// ---- straight into the client's memory ---------------------------------------------------------
+
+// RDMALOAD.HELLO version: what both sides may use, as names and values.
+void Session::rdma_hello(const Arguments& arguments) {
+  if (arguments[1] != "1") return error("NOPROTO this server speaks version 1");
+  array(4);
+  bulk("version");
+  integer(1);
+  bulk("max_segments");
+  integer(kMaxSegments);
+}
+
+// RDMALOAD.READ key size [offset length address key]...: bytes of the value to places in the client's memory,
+// then its size. Either all is in order or nothing is written.
+void Session::rdma_read(const Arguments& arguments) {
+  constexpr size_t kFirst = 3;
+  constexpr size_t kWords = 4;
+  if ((arguments.size() - kFirst) % kWords != 0) {
+    return error("ERR RDMALOAD.READ: a segment is an offset, a length, an address and a key");
+  }
+  const auto expected = count_of(arguments[2], kAnyBytes);
+  if (!expected) return error("ERR RDMALOAD.READ: the size is no number");
+  const Found found = shared_.store.get(arguments[1]);
+  if (!passed(found.outcome)) return;
+  if (std::holds_alternative<std::monostate>(found.content)) {
+    ++shared_.counters.misses;
+    return error("NOTFOUND there is no such key");
+  }
+  ++shared_.counters.hits;
+  const uint64_t size = content_bytes(found.content);
+  if (*expected != 0 && *expected != size) return error("SIZE " + std::to_string(size));
+  struct Segment {
+    uint64_t offset, length;
+    RemotePlace place;
+  };
+  std::vector<Segment> segments;
+  segments.reserve((arguments.size() - kFirst) / kWords);
+  for (size_t i = kFirst; i < arguments.size(); i += kWords) {
+    const auto offset = count_of(arguments[i], kAnyBytes);
+    const auto length = count_of(arguments[i + 1], kAnyBytes);
+    const auto address = count_of(arguments[i + 2], kAnyBytes);
+    const auto key = count_of(arguments[i + 3], std::numeric_limits<uint32_t>::max());
+    if (!offset || !length || !address || !key) {
+      return error("ERR RDMALOAD.READ: a segment has something that is no number");
+    }
+    if (*offset > size || *length > size - *offset) {
+      return error("RANGE a segment ends beyond the value's " + std::to_string(size) + " bytes");
+    }
+    segments.push_back({*offset, *length, {*address, static_cast<uint32_t>(*key)}});
+  }
+  ++shared_.counters.rdma_reads;
+  for (const Segment& segment : segments) {
+    if (const auto* range = std::get_if<FileRange>(&found.content))
+      range->file->will_read(range->offset + segment.offset, segment.length);
+    replies_.placed(found.content, segment.offset, segment.length, segment.place);
+  }
+  integer(size);
 }
 
 void Session::strlen(const Arguments& arguments) {

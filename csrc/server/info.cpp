@@ -62,8 +62,8 @@ void Session::config(const Arguments& arguments) {
 }
 
 void Session::info(const Arguments& arguments) {
-  static constexpr std::string_view kSections[] = {"SERVER", "CLIENTS",     "MEMORY", "PERSISTENCE",
-                                                   "STATS",  "REPLICATION", "CPU",    "KEYSPACE"};
+  static constexpr std::string_view kSections[] = {"SERVER",      "CLIENTS", "MEMORY", "PERSISTENCE", "STATS",
+                                                   "REPLICATION", "CPU",     "RDMA",   "KEYSPACE"};
   std::string text;
   for (const std::string_view section : kSections) {
     bool wanted = arguments.size() == 1;
@@ -71,7 +71,7 @@ void Session::info(const Arguments& arguments) {
       wanted = wanted || same_word(arguments[i], section) || same_word(arguments[i], "ALL") ||
                same_word(arguments[i], "EVERYTHING") || same_word(arguments[i], "DEFAULT");
     }
-    if (!wanted) continue;
+    if (!wanted || (section == "RDMA" && shared_.rdma_port == 0)) continue;
     if (!text.empty()) text += "\r\n";
     text += info_text(section);
   }
@@ -145,6 +145,15 @@ std::string Session::info_text(std::string_view section) const {
     getrusage(RUSAGE_SELF, &usage);
     line("used_cpu_sys", seconds_text(usage.ru_stime));
     line("used_cpu_user", seconds_text(usage.ru_utime));
+  } else if (section == "RDMA") {
+    text = "# Rdma\r\n";
+    number("rdma_port", static_cast<uint64_t>(shared_.rdma_port));
+    number("rdma_connected_clients", counters.rdma_connections_now);
+    number("rdma_registered_bytes", memory.registered_bytes());
+    number("rdma_reads", counters.rdma_reads);
+    number("rdma_work_requests", counters.rdma_work_requests);
+    number("rdma_direct_bytes", counters.rdma_direct_bytes);
+    number("rdma_copied_bytes", counters.rdma_copied_bytes);
   } else {
     text = "# Keyspace\r\n";
     if (const uint64_t keys = shared_.store.size(); keys > 0) {

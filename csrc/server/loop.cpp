@@ -135,14 +135,13 @@ void Server::Loop::take_inbox() {
 }
 
 void Server::Loop::begin(int fd) {
-  static std::atomic<uint64_t> last_id = 0;
   sockaddr_storage peer{};
   socklen_t size = sizeof(peer);
   getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &size);
   set_up(fd, peer);
   std::unique_ptr<Connection> connection;
   try {
-    connection = std::make_unique<Connection>(fd, server_.tls_.get(), server_.shared_, ++last_id,
+    connection = std::make_unique<Connection>(fd, server_.tls_.get(), server_.shared_, next_id(),
                                               address_of(peer), now_);
   } catch (const Error& error) {  // OpenSSL has no memory for it
     server_.log(error.what());
@@ -150,10 +149,7 @@ void Server::Loop::begin(int fd) {
     --server_.counters_.connections_now;
     return;
   }
-  {
-    const std::lock_guard lock(server_.mutex_);
-    server_.sessions_.emplace(connection->session.id(), &connection->session);
-  }
+  server_.joined(connection->session);
   watch(fd, connection->events, EPOLL_CTL_ADD);
   connections_.emplace(fd, std::move(connection));
 }
@@ -282,10 +278,7 @@ bool Server::Loop::send_some(Connection& connection) {
 }
 
 void Server::Loop::drop(Connection& connection) {
-  {
-    const std::lock_guard lock(server_.mutex_);
-    server_.sessions_.erase(connection.session.id());
-  }
+  server_.left(connection.session);
   // What it still held of the store is given back before it counts as gone.
   connections_.erase(connection.channel.descriptor());
   --load_;

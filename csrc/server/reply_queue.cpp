@@ -27,21 +27,31 @@ void ReplyQueue::text(std::string_view text) {
       return;
     }
   }
-  pieces_.push_back(Piece{std::string(text), 0, text.size()});
+  pieces_.push_back(Piece{std::string(text), 0, text.size(), std::nullopt});
 }
 
 void ReplyQueue::content(const Content& content, uint64_t offset, uint64_t length) {
+  add(content, offset, length, std::nullopt);
+}
+
+void ReplyQueue::placed(const Content& content, uint64_t offset, uint64_t length, RemotePlace place) {
+  add(content, offset, length, place);
+}
+
+void ReplyQueue::add(const Content& content, uint64_t offset, uint64_t length,
+                     std::optional<RemotePlace> place) {
   if (length == 0) return;
   bytes_ += length;
   if (const auto* value = std::get_if<ValuePtr>(&content)) {
-    pieces_.push_back(Piece{*value, offset, length});
+    pieces_.push_back(Piece{*value, offset, length, place});
   } else {
     const auto& range = std::get<FileRange>(content);
-    pieces_.push_back(Piece{range, range.offset + offset, length});
+    pieces_.push_back(Piece{range, range.offset + offset, length, place});
   }
 }
 
 bool ReplyQueue::by_reference(const Piece& piece, Large large) {
+  if (piece.place) return true;
   const auto* value = std::get_if<ValuePtr>(&piece.source);
   if (value == nullptr) return std::holds_alternative<FileRange>(piece.source);
   return large == Large::kAsFiles && (*value)->descriptor() >= 0 && piece.length >= kByReferenceBytes;
@@ -77,6 +87,20 @@ ReplyQueue::FileSlice ReplyQueue::front_file() const {
   return {file->descriptor(), file, piece.offset, piece.length};
 }
 
+ReplyQueue::Front ReplyQueue::front() const {
+  const Piece& piece = pieces_.front();
+  const bool more_placed = pieces_.size() > 1 && pieces_[1].place.has_value();
+  Front front{{}, nullptr, nullptr, piece.offset, piece.length, piece.place, more_placed};
+  if (const auto* text = std::get_if<std::string>(&piece.source)) {
+    front.text = std::string_view(*text).substr(piece.offset, piece.length);
+  } else if (const auto* value = std::get_if<ValuePtr>(&piece.source)) {
+    front.value = *value;
+  } else {
+    front.file = std::get<FileRange>(piece.source).file;
+  }
+  return front;
+}
+
 void ReplyQueue::sent(uint64_t bytes) {
   assert(bytes <= bytes_);
   bytes_ -= bytes;
@@ -85,6 +109,7 @@ void ReplyQueue::sent(uint64_t bytes) {
     const uint64_t part = std::min(bytes, piece.length);
     piece.offset += part;
     piece.length -= part;
+    if (piece.place) piece.place->address += part;
     bytes -= part;
     if (std::holds_alternative<std::string>(piece.source)) text_bytes_ -= part;
     if (piece.length == 0) pieces_.pop_front();

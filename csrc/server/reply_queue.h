@@ -3,13 +3,15 @@
 //
 // A value is never copied: its reply is a short header, a reference and a line end. What waits therefore
 // costs text and references only, both of which the session bounds. Text of consecutive small replies grows
-// together. One thread.
+// together. A value's bytes may also have a place in the client's memory, where only RDMA can put them. One
+// thread.
 #pragma once
 
 #include <sys/uio.h>
 
 #include <cstdint>
 #include <deque>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -19,10 +21,18 @@
 
 namespace rdmaload::server {
 
+// Where in the client's memory bytes go, as an RDMA write names it.
+struct RemotePlace {
+  uint64_t address;
+  uint32_t key;
+};
+
 class ReplyQueue {
  public:
   void text(std::string_view text);
   void content(const Content& content, uint64_t offset, uint64_t length);
+  // No part of the stream: written to the client's memory, before what is added later is sent.
+  void placed(const Content& content, uint64_t offset, uint64_t length, RemotePlace place);
 
   bool empty() const noexcept { return pieces_.empty(); }
   size_t pieces() const noexcept { return pieces_.size(); }
@@ -40,6 +50,18 @@ class ReplyQueue {
     uint64_t length;
   };
   FileSlice front_file() const;
+
+  // The first piece, for who treats each kind in its own way. Only of a queue that is not empty.
+  struct Front {
+    std::string_view text;                     // empty: a value or a file
+    ValuePtr value;                            // bytes [offset, offset + length) of it
+    std::shared_ptr<const ExportedFile> file;  // or of it
+    uint64_t offset;
+    uint64_t length;
+    std::optional<RemotePlace> place;
+    bool more_placed;  // the next piece has a place, too
+  };
+  Front front() const;
   // The first `bytes` were sent.
   void sent(uint64_t bytes);
   void clear();
@@ -50,9 +72,11 @@ class ReplyQueue {
     std::variant<std::string, ValuePtr, FileRange> source;
     uint64_t offset = 0;  // of what is left
     uint64_t length = 0;
+    std::optional<RemotePlace> place;
   };
 
   static bool by_reference(const Piece& piece, Large large);
+  void add(const Content& content, uint64_t offset, uint64_t length, std::optional<RemotePlace> place);
 
   std::deque<Piece> pieces_;
   size_t text_bytes_ = 0;

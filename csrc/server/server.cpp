@@ -16,6 +16,11 @@ constexpr size_t kMaxListedClients = 1000;
 
 }  // namespace
 
+uint64_t Server::next_id() {
+  static std::atomic<uint64_t> last = 0;
+  return ++last;
+}
+
 Server::Server(std::shared_ptr<Store> store, ServerOptions options)
     : store_(std::move(store)),
       options_(std::move(options)),
@@ -24,6 +29,7 @@ Server::Server(std::shared_ptr<Store> store, ServerOptions options)
               options_.password,
               options_.version,
               options_.port,
+              0,
               options_.threads,
               options_.max_connections,
               std::chrono::steady_clock::now(),
@@ -38,6 +44,7 @@ Server::Server(std::shared_ptr<Store> store, ServerOptions options)
   listener_ = listen_on(options_.host, options_.port);
   shared_.port = port_of(listener_);
   try {
+    if (!options_.rdma.host.empty()) rdma_ = make_rdma();
     for (int i = 0; i < options_.threads; ++i) loops_.push_back(std::make_unique<Loop>(*this, i == 0));
     // When all are there to be handed connections.
     for (const auto& loop : loops_) loop->start();
@@ -53,6 +60,7 @@ void Server::stop() {
   ask_to_stop();
   const std::lock_guard joining(join_mutex_);
   if (listener_ < 0) return;
+  if (rdma_ != nullptr) rdma_->stop();
   for (const auto& loop : loops_) loop->stop();
   // All have ended before the first is destroyed: one of them hands connections to the others.
   for (const auto& loop : loops_) loop->join();
@@ -85,6 +93,28 @@ void Server::log(std::string line) {
   const std::lock_guard lock(mutex_);
   if (log_.size() == kMaxLogLines) log_.pop_front();
   log_.push_back(std::move(line));
+}
+
+std::unique_ptr<RdmaService> Server::make_rdma() {
+  return std::make_unique<RdmaService>(
+      RdmaService::Owner{.shared = shared_,
+                         .threads = options_.threads,
+                         .stall_timeout = options_.stall_timeout,
+                         .next_id = next_id,
+                         .joined = [this](const Session& session) { joined(session); },
+                         .left = [this](const Session& session) { left(session); },
+                         .log = [this](std::string line) { log(std::move(line)); }},
+      options_.rdma);
+}
+
+void Server::joined(const Session& session) {
+  const std::lock_guard lock(mutex_);
+  sessions_.emplace(session.id(), &session);
+}
+
+void Server::left(const Session& session) {
+  const std::lock_guard lock(mutex_);
+  sessions_.erase(session.id());
 }
 
 std::string Server::client_lines() {

@@ -1,4 +1,5 @@
-// The weight server over TCP: it owns the listening socket and the threads.
+// The weight server over TCP: it owns the listening socket and the threads. It has the one over RDMA as a
+// part.
 //
 // Each thread is an epoll loop that owns its connections; the first one also accepts and hands a new
 // connection to the loop that has the fewest. Sessions know nothing of sockets: another transport drives them
@@ -14,6 +15,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "server/rdma_service.h"
 #include "server/session.h"
 #include "server/store.h"
 #include "transport/tls_server.h"
@@ -31,6 +33,7 @@ struct ServerOptions {
   // that has not said who it is.
   std::chrono::duration<double> stall_timeout{120};
   std::string version;  // of rdmaload, for INFO
+  RdmaOptions rdma;     // where it listens besides
 };
 
 class Server {
@@ -43,6 +46,7 @@ class Server {
   Server& operator=(const Server&) = delete;
 
   int port() const noexcept { return shared_.port; }
+  int rdma_port() const noexcept { return shared_.rdma_port; }  // 0: not over RDMA
   const Counters& counters() const noexcept { return counters_; }
   const std::shared_ptr<Store>& store() const noexcept { return store_; }
 
@@ -60,6 +64,10 @@ class Server {
   void ask_to_stop();
   void log(std::string line);
   std::string client_lines();
+  static uint64_t next_id();  // of a session, in this process
+  void joined(const Session& session);
+  void left(const Session& session);
+  std::unique_ptr<RdmaService> make_rdma();
   Loop& least_busy();
 
   const std::shared_ptr<Store> store_;
@@ -77,6 +85,7 @@ class Server {
 
   std::mutex join_mutex_;  // one caller of stop() joins
   std::vector<std::unique_ptr<Loop>> loops_;
+  std::unique_ptr<RdmaService> rdma_;
 };
 
 }  // namespace rdmaload::server

@@ -26,8 +26,12 @@ std::string quoted(std::string_view text) {
 
 }  // namespace
 
-Session::Session(Shared& shared, uint64_t id, std::string address)
-    : shared_(shared), id_(id), address_(std::move(address)), authenticated_(shared.password.empty()) {
+Session::Session(Shared& shared, uint64_t id, std::string address, Road road)
+    : shared_(shared),
+      id_(id),
+      address_(std::move(address)),
+      road_(road),
+      authenticated_(shared.password.empty()) {
   if (!authenticated_) parser_.set_limits(kUnknownClientLimits);
 }
 
@@ -116,7 +120,7 @@ void Session::execute(const Arguments& arguments) {
   ++shared_.counters.commands;
   const std::string refusal = std::exchange(large_error_, {});
   const Command* found = find_command(arguments[0]);
-  if (found == nullptr) {
+  if (found == nullptr || (found->over_rdma_only && road_ != Road::kRdma)) {
     error("ERR unknown command '" + quoted(arguments[0]) + "'");
   } else if (!authenticated_ && !found->for_anybody) {
     error("NOAUTH Authentication required.");
@@ -192,7 +196,8 @@ bool Session::passed(Outcome outcome) {
 
 std::string Session::list_line() const {
   const std::lock_guard lock(name_mutex_);
-  return "id=" + std::to_string(id_) + " addr=" + address_ + " name=" + name_ + " db=0\n";
+  return "id=" + std::to_string(id_) + " addr=" + address_ + " name=" + name_ +
+         (road_ == Road::kRdma ? " db=0 rdma=1\n" : " db=0\n");
 }
 
 }  // namespace rdmaload::server

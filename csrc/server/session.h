@@ -41,6 +41,12 @@ struct Counters {
   std::atomic<uint64_t> auth_failures = 0;
   std::atomic<uint64_t> auth_refused = 0;  // not looked at: too many failed before
   std::atomic<uint64_t> files_failed = 0;  // replies that ended early because a file is short or unreadable
+  // Over RDMA; bytes and connections count above, too.
+  std::atomic<uint64_t> rdma_connections_now = 0;
+  std::atomic<uint64_t> rdma_reads = 0;          // RDMALOAD.READ that were answered with bytes
+  std::atomic<uint64_t> rdma_work_requests = 0;  // sends and writes that were posted
+  std::atomic<uint64_t> rdma_direct_bytes = 0;   // of values, from where they are stored
+  std::atomic<uint64_t> rdma_copied_bytes = 0;   // of values and files, copied once to be sent
 };
 
 // What every session of a server shares.
@@ -50,6 +56,7 @@ struct Shared {
   std::string password;  // empty: nobody is asked
   std::string version;   // of rdmaload
   int port = 0;
+  int rdma_port = 0;  // 0: no RDMA
   int threads = 0;
   int max_connections = 0;
   std::chrono::steady_clock::time_point started;
@@ -59,9 +66,12 @@ struct Shared {
   AuthLimiter auth_limiter = {};
 };
 
+// How a client is connected, as far as commands differ.
+enum class Road { kTcp, kRdma };
+
 class Session {
  public:
-  Session(Shared& shared, uint64_t id, std::string address);
+  Session(Shared& shared, uint64_t id, std::string address, Road road = Road::kTcp);
 
   // Where the next bytes of the stream belong; empty: give them to consume(). At most that many may be given.
   std::span<std::byte> value_space() noexcept;
@@ -70,6 +80,7 @@ class Session {
   void resume();
 
   ReplyQueue& replies() noexcept { return replies_; }
+  const ReplyQueue& replies() const noexcept { return replies_; }
   bool wants_input() const noexcept { return !closing_ && held_input_.empty() && !full(); }
   // Close the connection once replies() is empty.
   bool closing() const noexcept { return closing_; }
@@ -116,6 +127,8 @@ class Session {
   void mget(const Arguments& arguments);
   void ping(const Arguments& arguments);
   void quit(const Arguments& arguments);
+  void rdma_hello(const Arguments& arguments);
+  void rdma_read(const Arguments& arguments);
   void remove(const Arguments& arguments);
   void reset(const Arguments& arguments);
   void sadd(const Arguments& arguments);
@@ -135,6 +148,7 @@ class Session {
   Shared& shared_;
   const uint64_t id_;
   const std::string address_;
+  const Road road_;
   RequestParser parser_;
   ReplyQueue replies_;
   std::string held_input_;        // what came behind the request that filled the replies

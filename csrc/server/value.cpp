@@ -4,6 +4,9 @@
 #include <cassert>
 #include <iterator>
 #include <new>
+#include <utility>
+
+#include "core/error.h"
 
 namespace rdmaload::server {
 namespace {
@@ -13,6 +16,9 @@ constexpr size_t kSlabBytes = size_t{32} << 20;
 constexpr size_t kOwnSlabBytes = size_t{8}
                                  << 20;  // from here a value has a slab of its own: nothing to fragment
 constexpr size_t kValueOverhead = 128;   // the object, its count of references and the heap's own notes
+
+// How much is registered at a time, so that no reader waits longer for it than for some milliseconds.
+constexpr size_t kPartBytes = size_t{32} << 20;
 
 size_t round_up(size_t bytes) {
   const size_t page = SharedArena::page_bytes();
@@ -80,6 +86,14 @@ bool ValueMemory::hold(uint64_t bytes) noexcept {
 }
 
 bool ValueMemory::take_pages(Value& value, size_t bytes) {
+  Slab* fresh = nullptr;
+  if (!take_pages(value, bytes, fresh)) return false;
+  // Whoever saves pays for it, not the first reader. The value keeps the slab.
+  if (fresh != nullptr) register_slab(*fresh);
+  return true;
+}
+
+bool ValueMemory::take_pages(Value& value, size_t bytes, Slab*& fresh) {
   const size_t need = round_up(bytes);
   const std::lock_guard lock(mutex_);
   if (need < kOwnSlabBytes) {
@@ -100,6 +114,7 @@ bool ValueMemory::take_pages(Value& value, size_t bytes) {
     held_bytes_ -= size;
     return false;
   }
+  fresh = domain_ != nullptr ? &slabs_.back() : nullptr;
   return carve(slabs_.back(), need, value);
 }
 
@@ -136,10 +151,15 @@ void ValueMemory::give_back(Value& value) noexcept {
   size_t offset = value.offset_;
   size_t length = round_up(value.size_);
   if (!static_cast<Slab*>(value.slab_)->arena.forget(offset, length)) return;  // stays held, never used again
+  // Deregistering and unmapping take time: after the lock.
+  std::list<Slab> emptied;
+  StaleRegions stale;
   const std::lock_guard lock(mutex_);
   const auto slab = std::find_if(slabs_.begin(), slabs_.end(),
                                  [&](const Slab& candidate) { return &candidate == value.slab_; });
   assert(slab != slabs_.end());
+  // Not before the pages were detached: a registration that was made meanwhile may hold the old ones.
+  stale = take_stale(*slab, offset, length);
   auto after = slab->free.lower_bound(offset);
   if (after != slab->free.end() && after->first == offset + length) {
     length += after->second;
@@ -155,11 +175,101 @@ void ValueMemory::give_back(Value& value) noexcept {
   }
   if (length == slab->arena.size()) {
     held_bytes_ -= length;
-    slabs_.erase(slab);
+    emptied.splice(emptied.end(), slabs_, slab);
     return;
   }
   slab->free.emplace(offset, length);
   slab->largest_free_bound = SIZE_MAX;
+}
+
+// ---- registration ------------------------------------------------------------------------------
+
+void ValueMemory::register_with(std::shared_ptr<rdma::ProtectionDomain> domain) {
+  std::vector<std::shared_ptr<const rdma::MemoryRegion>> old;  // deregistered after the lock
+  const std::lock_guard lock(mutex_);
+  if (domain != nullptr && domain_ != nullptr) {
+    throw Error(ErrorCode::kInvalid, "a store's memory can be registered for one server over RDMA at a time");
+  }
+  domain_ = std::move(domain);
+  for (Slab& slab : slabs_) {
+    for (Part& part : slab.parts) old.push_back(std::move(part.region));
+    slab.parts.clear();
+  }
+}
+
+RegisteredBytes ValueMemory::registered(const ValuePtr& value, size_t offset, size_t length) {
+  assert(offset <= value->size_ && length <= value->size_ - offset);
+  const std::span<const std::byte> bytes = value->bytes().subspan(offset, length);
+  if (value->slab_ == nullptr) return {value, nullptr, bytes};
+  Slab& slab = *static_cast<Slab*>(value->slab_);  // is there as long as the value
+  const size_t in_slab = value->offset_ + offset;
+  const size_t index = in_slab / kPartBytes;
+  const size_t left = kPartBytes - in_slab % kPartBytes;
+  return {value, register_part(slab, index), bytes.first(std::min(length, left))};
+}
+
+void ValueMemory::register_slab(Slab& slab) {
+  for (size_t at = 0; at < slab.arena.size(); at += kPartBytes) register_part(slab, at / kPartBytes);
+}
+
+std::shared_ptr<const rdma::MemoryRegion> ValueMemory::register_part(Slab& slab, size_t index) {
+  std::shared_ptr<rdma::ProtectionDomain> domain;
+  uint64_t forgotten = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    if (domain_ == nullptr) return nullptr;
+    if (slab.parts.empty()) slab.parts.resize((slab.arena.size() + kPartBytes - 1) / kPartBytes);
+    const Part& part = slab.parts[index];
+    if (part.region != nullptr || part.refused) return part.region;
+    domain = domain_;
+    forgotten = part.forgotten;
+  }
+  const size_t offset = index * kPartBytes;
+  const size_t bytes = std::min(kPartBytes, slab.arena.size() - offset);
+  std::shared_ptr<const rdma::MemoryRegion> region;
+  std::string refusal;
+  try {
+    std::unique_ptr<rdma::MemoryRegion> made =
+        domain->register_memory({slab.arena.data() + offset, bytes}, rdma::Access::kSource);
+    region = {made.release(), [counter = &registered_bytes_, bytes](const rdma::MemoryRegion* gone) {
+                delete gone;
+                *counter -= bytes;
+              }};
+    registered_bytes_ += bytes;
+  } catch (const Error& err) {
+    refusal = err.what();
+  }
+  const std::lock_guard lock(mutex_);
+  if (domain != domain_) return region;
+  Part& part = slab.parts[index];
+  if (region == nullptr) {
+    if (part.region != nullptr) return part.region;
+    part.refused = true;
+    if (!std::exchange(refused_, true)) refusal_ = std::move(refusal);
+    return nullptr;
+  }
+  // Another thread was first, or pages were detached meanwhile: those of the caller's value were not.
+  if (part.region == nullptr && part.forgotten == forgotten) part.region = region;
+  return region;
+}
+
+ValueMemory::StaleRegions ValueMemory::take_stale(Slab& slab, size_t offset, size_t length) {
+  StaleRegions stale;
+  // A value that reaches further has a slab of its own, which goes with it.
+  if (slab.parts.empty() || length >= kOwnSlabBytes) return stale;
+  size_t count = 0;
+  for (size_t index = offset / kPartBytes; index * kPartBytes < offset + length; ++index) {
+    Part& part = slab.parts[index];
+    stale[count++] = std::exchange(part.region, nullptr);
+    part.refused = false;
+    ++part.forgotten;
+  }
+  return stale;
+}
+
+std::string ValueMemory::take_refusal() {
+  const std::lock_guard lock(mutex_);
+  return std::exchange(refusal_, {});
 }
 
 }  // namespace rdmaload::server

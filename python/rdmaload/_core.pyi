@@ -270,6 +270,12 @@ class _ServerCounters(TypedDict):
     auth_refused: int
     tls_failures: int
     files_failed: int
+    rdma_connections_now: int
+    rdma_reads: int
+    rdma_work_requests: int
+    rdma_direct_bytes: int
+    rdma_copied_bytes: int
+    registered_bytes: int
     keys: int
     values: int
     used_bytes: int
@@ -298,10 +304,15 @@ class WeightServer:
         stall_timeout: float = 120.0,
         version: str = "",
         tls: tuple[str, str, str] | None = None,
+        rdma_host: str | None = None,
+        rdma_port: int | None = None,
+        rdma_max_connections: int = 1024,
     ) -> None:
         """`tls`: files of certificate, key ("": in the certificate's) and authority of clients ("": none asked)."""
     @property
     def port(self) -> int: ...
+    @property
+    def rdma_port(self) -> int: ...
     @property
     def counters(self) -> _ServerCounters: ...
     def wait(self, seconds: float) -> bool: ...

@@ -50,15 +50,22 @@ def register(commands: Commands) -> None:
         description="Run a server that keeps models in memory: every client of Redis can save to it and load "
         "from it, and with --models it also gives out checkpoint directories without a save. It holds what was "
         "saved until it ends; nothing is written to disk. It listens on this machine only, unless --host says "
-        "otherwise, and then it wants a password or TLS. SIGTERM and SIGINT end it cleanly.",
+        "otherwise, and then it wants a password or TLS. With --rdma-bind it also speaks Valkey over RDMA, on the "
+        "address of a card, without TLS. SIGTERM and SIGINT end it cleanly.",
         prints="The url once it answers, and a line per exported model; with --json one document with url, host, "
-        "port, max_memory, threads and models (model, files, bytes, generation, cached_bytes, checksums).",
-        exits={0: "it was told to end, by a signal or by SHUTDOWN", 6: "it cannot listen on that address"},
+        "port, max_memory, threads, rdma_url (null without --rdma-bind) and models (model, files, bytes, generation, "
+        "cached_bytes, checksums).",
+        exits={
+            0: "it was told to end, by a signal or by SHUTDOWN",
+            6: "it cannot listen on that address",
+            8: "--rdma-bind, and this machine has no RDMA",
+        },
         examples=[
             "rdmaload serve",
             "rdmaload serve --models /models --max-memory 64GiB",
             "rdmaload serve --host 0.0.0.0 --password-file /run/secrets/store",
             "rdmaload serve --host 0.0.0.0 --tls-cert both.pem --password-file pw",
+            "rdmaload serve --host 0.0.0.0 --rdma-bind 10.0.0.5 --password-file pw",
         ],
         environment=_ENVIRONMENT,
     )
@@ -96,6 +103,22 @@ def register(commands: Commands) -> None:
     serve.add_argument(
         "--max-connections", type=whole_number, default=10_000, metavar="N", help="refuse more clients (10000)"
     )
+    serve.add_argument(
+        "--rdma-bind",
+        metavar="IP",
+        help="listen on the address of an RDMA card, too: clients with rdma:// urls get the bytes written straight "
+        "into their memory, from memory that is locked and registered with the card",
+    )
+    serve.add_argument(
+        "--rdma-port", type=whole_number, metavar="PORT", help="the port over RDMA (the same as over TCP)"
+    )
+    serve.add_argument(
+        "--max-rdma-connections",
+        type=whole_number,
+        default=1024,
+        metavar="N",
+        help="refuse more clients over RDMA (1024): each takes 0.5 MiB of locked memory, 2.5 with exported models",
+    )
     ping = add_command(
         commands,
         "ping",
@@ -123,7 +146,7 @@ def _serve(args: argparse.Namespace) -> int:
 
     if args.option_texts:
         raise UsageError("serve takes no -o: its settings are its own arguments (see `rdmaload serve --help`)")
-    for name in ("threads", "max_connections"):
+    for name in ("threads", "max_connections", "max_rdma_connections"):
         if getattr(args, name) == 0:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
     password = Options(password_file=args.password_file).read_password() if args.password_file else None
@@ -139,6 +162,13 @@ def _serve(args: argparse.Namespace) -> int:
                 f"--host {args.host} with --tls-cert alone: nobody can listen in, but everybody who reaches the server "
                 "can read and write models; --password-file or --tls-client-ca says who may"
             )
+    if password is None and not args.insecure and args.rdma_bind is not None:
+        raise UsageError(
+            f"--rdma-bind {args.rdma_bind} lets other machines read and write models: give --password-file, or "
+            "--insecure if everybody in that network may"
+        )
+    if args.rdma_bind is None and args.rdma_port is not None:
+        raise UsageError("--rdma-port needs --rdma-bind with the address of an RDMA card")
     limit = args.max_memory or int(available_bytes() * _MEMORY_SHARE)
     threads = args.threads or min(_MAX_THREADS, len(os.sched_getaffinity(0)))
     store = _core.WeightStore(limit)
@@ -153,18 +183,23 @@ def _serve(args: argparse.Namespace) -> int:
         max_connections=args.max_connections,
         version=__version__,
         tls=tls,
+        rdma_host=args.rdma_bind,
+        rdma_port=args.rdma_port,
+        rdma_max_connections=args.max_rdma_connections,
     )
-    shown = f"[{args.host}]" if ":" in args.host else args.host
-    url = f"{'redis' if tls is None else 'rediss'}://{shown}:{server.port}"
+    url = f"{'redis' if tls is None else 'rediss'}://{_bracketed(args.host)}:{server.port}"
+    rdma_url = f"rdma://{_bracketed(args.rdma_bind)}:{server.rdma_port}" if args.rdma_bind is not None else None
     document = {
         "url": url,
         "host": args.host,
         "port": server.port,
         "max_memory": limit,
         "threads": threads,
+        "rdma_url": rdma_url,
         "models": [vars(export) for export in exports],
     }
-    lines = [f"serving {url} with room for {size_text(limit)}"]
+    where = url if rdma_url is None else f"{url} and {rdma_url}"
+    lines = [f"serving {where} with room for {size_text(limit)}"]
     lines += [
         f"  {url}/{one.model}: {count_text(one.files, 'file')}, {size_text(one.bytes)}"
         + ", checksums are being computed" * (one.checksums == PENDING)
@@ -186,6 +221,10 @@ def _tls(args: argparse.Namespace) -> tuple[str, str, str] | None:
         if getattr(args, name) and not args.tls_cert:
             raise UsageError(f"--{name.replace('_', '-')} means nothing without --tls-cert")
     return (args.tls_cert, args.tls_key or "", args.tls_client_ca or "") if args.tls_cert else None
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _only_this_machine(host: str) -> bool:
