@@ -55,20 +55,28 @@ Parsed parse(std::string_view bytes, size_t step) {
 }
 
 // What a client is answered; everything is sent at once.
-std::string converse(std::string_view bytes, size_t step, bool with_password) {
+std::string converse(std::string_view bytes, size_t step, bool with_password, Road road) {
   constexpr uint64_t kLimit = 8 << 20;
   const auto memory = ValueMemory::make(kLimit);
   std::string answered;
   {
     Store store(memory);
     Counters counters;
-    Shared shared{store, counters, with_password ? "p" : "",    "0", 0, 1, 1,
+    Shared shared{store, counters, with_password ? "p" : "",    "0", 0, 0, 1, 1,
                   {},    [] {},    [] { return std::string(); }};
-    Session session(shared, 1, "fuzz");
+    Session session(shared, 1, "fuzz", road);
     while (!session.closing()) {
       ReplyQueue& replies = session.replies();
       if (!replies.empty()) {
         iovec vector;
+        if (const ReplyQueue::Front front = replies.front(); front.place) {
+          FUZZ_CHECK(road == Road::kRdma && front.value != nullptr);
+          FUZZ_CHECK(front.length > 0 && front.offset < front.value->bytes().size());
+          FUZZ_CHECK(front.length <= front.value->bytes().size() - front.offset);
+          replies.sent(std::min<uint64_t>(front.length, 1 << 10));
+          session.resume();
+          continue;
+        }
         if (replies.gather({&vector, 1}, 100) == 0) {
           const auto slice = replies.front_file();
           FUZZ_CHECK(slice.descriptor >= 0 && slice.exported == nullptr && slice.length > 0);
@@ -116,6 +124,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     whole = parse(bytes, std::max<size_t>(bytes.size(), 1));
   }
   FUZZ_CHECK(parse(bytes, step) == whole);
-  converse(bytes, step, with_password);
+  converse(bytes, step, with_password, Road::kTcp);
+  converse(bytes, step, with_password, Road::kRdma);
   return 0;
 }

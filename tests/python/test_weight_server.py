@@ -472,11 +472,21 @@ def test_shutdown_ends_it(capsys: pytest.CaptureFixture[str]) -> None:
         (["--password-file", "/does/not/exist"], 5, "cannot be read"),
         (["--models", "/does/not/exist"], 3, "no directory"),
         (["--max-memory", "0"], 2, "at least 1 byte"),
+        (["--rdma-bind", "10.0.0.5"], 2, "--insecure"),
+        (["--rdma-bind", "127.0.0.1"], 2, "--insecure"),
+        (["--rdma-port", "6379"], 2, "needs --rdma-bind"),
+        (["--max-rdma-connections", "0"], 2, "at least 1"),
     ],
 )
 def test_what_serve_refuses(arguments: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--port", "0", *arguments]) == code
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.skipif(any(Path("/sys/class/infiniband").glob("*")), reason="this machine has RDMA")
+def test_without_rdma_a_server_that_was_told_to_use_it_does_not_start(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--port", "0", "--rdma-bind", "127.0.0.1", "--insecure"]) == 8
+    assert "RDMA" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_is_said(weight_server: WeightServer, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,18 +50,23 @@ class WeightServer:
         certificate: Issued | None = None,
         tls_clients: bool = False,
         args: Iterable[str] = (),
+        rdma: str | None = None,
+        wrapper: Iterable[str] = (),
     ) -> None:
+        """`rdma`: the address of an RDMA card to listen on, too; `wrapper`: a command that runs the server."""
         self.password = password
         self.tls = tls
         self.client_certificate = tls.issue(names=("client",)) if tls is not None and tls_clients else None
-        command = [sys.executable, "-m", "rdmaload", "serve", "--port", "0", "--json", "--max-memory", str(max_memory)]
-        command += ["--threads", str(threads), *args]
+        command = [*wrapper, sys.executable, "-m", "rdmaload", "serve", "--port", "0", "--json"]
+        command += ["--max-memory", str(max_memory), "--threads", str(threads), *args]
         if password_file is not None:
             command += ["--password-file", str(password_file)]
         if tls is not None:
             issued = certificate or tls.issue()
             command += ["--tls-cert", str(issued.cert_file), "--tls-key", str(issued.key_file)]
             command += ["--tls-client-ca", str(tls.ca_file)] if tls_clients else []
+        if rdma is not None:
+            command += ["--rdma-bind", rdma, *([] if password_file is not None else ["--insecure"])]
         if models is not None:
             command += ["--models", str(models)]
         environment = {**os.environ, "PYTHONPATH": str(PACKAGE)}
@@ -116,6 +121,12 @@ class WeightServer:
         scheme = "redis" if self.tls is None else "rediss"
         text = f"{scheme}://{secret}127.0.0.1:{self.port}/{quote(model)}"
         return text + (f"?{urlencode(query)}" if query else "")
+
+    def rdma_url(self, model: str, **query: object) -> str:
+        """As url(), over RDMA alone."""
+        secret = f":{quote(self.password, safe='')}@" if self.password is not None else ""
+        options = urlencode({"fallback": "never", **query})
+        return f"{str(self.document['rdma_url']).replace('//', '//' + secret)}/{quote(model)}?{options}"
 
     def client(self, **arguments: object) -> redis.Redis:
         """A new redis-py client that retries nothing; the caller closes it, best by `with`."""
