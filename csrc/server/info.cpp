@@ -150,6 +150,7 @@ std::string Session::info_text(std::string_view section) const {
     number("rdma_port", static_cast<uint64_t>(shared_.rdma_port));
     number("rdma_connected_clients", counters.rdma_connections_now);
     number("rdma_registered_bytes", memory.registered_bytes());
+    number("rdma_unbound_windows", counters.rdma_unbound_windows);
     number("rdma_reads", counters.rdma_reads);
     number("rdma_work_requests", counters.rdma_work_requests);
     number("rdma_direct_bytes", counters.rdma_direct_bytes);

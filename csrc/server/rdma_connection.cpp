@@ -33,13 +33,24 @@ RdmaConnection::RdmaConnection(std::unique_ptr<rdma::QueuePair> queue_pair, Shar
       scratch_(scratch),
       window_memory_(kWindowBytes),
       channel_(std::move(queue_pair), {.side = rdma::Side::kServer}),
-      window_(channel_.domain()->register_memory(window_memory_.span(), rdma::Access::kRemoteWrite)),
       session_(shared, id, channel_.queue_pair().peer_address(), Road::kRdma) {
-  channel_.start(*window_, 0, kWindowBytes);
+  rdma::QueuePair& pair = channel_.queue_pair();
+  window_region_ = channel_.domain()->register_memory(window_memory_.span(), rdma::Access::kBound);
+  pair.start();
+  window_ = pair.make_window(*window_region_);
+  if (window_ == nullptr) {
+    window_ = channel_.domain()->register_memory(window_memory_.span(), rdma::Access::kRemoteWrite);
+    ++shared_.counters.rdma_unbound_windows;
+  }
+  channel_.announce(*window_, 0, kWindowBytes);
 }
 
-// Before anything that the card may read or write goes.
-RdmaConnection::~RdmaConnection() { channel_.close(); }
+// The window first, which holds on to the queue pair; then the queue pair, before anything that the card may
+// read goes.
+RdmaConnection::~RdmaConnection() {
+  window_.reset();
+  channel_.close();
+}
 
 bool RdmaConnection::step() {
   bool moved = channel_.turn(std::chrono::milliseconds(0));

@@ -1,9 +1,10 @@
 // One client's connection over RDMA: a session driven through a channel.
 //
-// Requests come through the client's writes into a small window of ours, the only memory that it can write.
-// Replies go into its window: text through the channel's send buffer, values straight from where they are
-// stored, whose registration gives peers no rights. What lies elsewhere (exported files, small values, all
-// values where the system refuses to register them) is copied once, into a registered ring of this
+// Requests come through the client's writes into a small window of ours, the only memory that it can write,
+// and that no other client can: the domain is shared, so the window is bound to its queue pair, by cards that
+// can. Replies go into its window: text through the channel's send buffer, values straight from where they
+// are stored, whose registration gives peers no rights. What lies elsewhere (exported files, small values,
+// all values where the system refuses to register them) is copied once, into a registered ring of this
 // connection. Placed bytes of RDMALOAD.READ go to where the client said, in the order of replies.
 //
 // What is in flight holds its value until the card has sent it; close() waits for the card first. What a
@@ -85,8 +86,9 @@ class RdmaConnection {
   Clock::time_point moved_ = since_;
   HostArena window_memory_;
   rdma::Channel channel_;
-  std::unique_ptr<rdma::MemoryRegion> window_;
-  uint32_t consumed_ = 0;  // of the window
+  std::unique_ptr<rdma::MemoryRegion> window_region_;
+  std::unique_ptr<rdma::MemoryRegion> window_;  // onto the region, for this client alone
+  uint32_t consumed_ = 0;                       // of the window
   Session session_;
 
   std::unique_ptr<HostArena> ring_memory_;  // null until something has to be copied

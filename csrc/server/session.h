@@ -43,10 +43,11 @@ struct Counters {
   std::atomic<uint64_t> files_failed = 0;  // replies that ended early because a file is short or unreadable
   // Over RDMA; bytes and connections count above, too.
   std::atomic<uint64_t> rdma_connections_now = 0;
-  std::atomic<uint64_t> rdma_reads = 0;          // RDMALOAD.READ that were answered with bytes
-  std::atomic<uint64_t> rdma_work_requests = 0;  // sends and writes that were posted
-  std::atomic<uint64_t> rdma_direct_bytes = 0;   // of values, from where they are stored
-  std::atomic<uint64_t> rdma_copied_bytes = 0;   // of values and files, copied once to be sent
+  std::atomic<uint64_t> rdma_unbound_windows = 0;  // connections whose window the card cannot bind to them
+  std::atomic<uint64_t> rdma_reads = 0;            // RDMALOAD.READ that were answered with bytes
+  std::atomic<uint64_t> rdma_work_requests = 0;    // sends and writes that were posted
+  std::atomic<uint64_t> rdma_direct_bytes = 0;     // of values, from where they are stored
+  std::atomic<uint64_t> rdma_copied_bytes = 0;     // of values and files, copied once to be sent
 };
 
 // What every session of a server shares.

@@ -17,6 +17,8 @@ struct Context;
 struct CompletionQueue;
 struct QueuePair;
 struct WorkCompletion;
+struct MemoryWindow;
+struct ProtectionDomain;
 struct SendRequest;
 struct ReceiveRequest;
 
@@ -34,7 +36,11 @@ struct Device {
 
 // The data path is not exported by the library: it is called through this table of a card's provider.
 struct ContextOps {
-  void* before_poll_cq[11];
+  void* before_alloc_mw[7];
+  MemoryWindow* (*alloc_mw)(ProtectionDomain* domain, int type);
+  void* bind_mw;
+  int (*dealloc_mw)(MemoryWindow* window);
+  void* before_poll_cq;
   int (*poll_cq)(CompletionQueue* queue, int count, WorkCompletion* completions);
   int (*req_notify_cq)(CompletionQueue* queue, int solicited_only);
   void* before_post_send[12];
@@ -66,6 +72,14 @@ struct MemoryRegion {
   uint32_t handle;
   uint32_t lkey;
   uint32_t rkey;
+};
+
+struct MemoryWindow {
+  Context* context;
+  ProtectionDomain* pd;
+  uint32_t rkey;
+  uint32_t handle;
+  int type;
 };
 
 struct CompletionChannel {
@@ -187,7 +201,14 @@ struct SendRequest {
     uint64_t unused[2];
   } rdma;
   uint64_t xrc;
-  uint64_t bind_mw[6];
+  struct {
+    MemoryWindow* mw;
+    uint32_t rkey;
+    MemoryRegion* mr;
+    uint64_t addr;
+    uint64_t length;
+    unsigned mw_access_flags;
+  } bind_mw;
 };
 
 struct ReceiveRequest {
@@ -219,9 +240,12 @@ constexpr int kStateError = 6;
 constexpr int kAttributeState = 1;
 constexpr int kAccessLocalWrite = 1;
 constexpr int kAccessRemoteWrite = 2;
+constexpr int kAccessWindowBind = 16;
+constexpr int kWindowOfQueuePair = 2;  // type 2: only through the queue pair that it was bound on
 constexpr int kOpcodeWrite = 0;
 constexpr int kOpcodeWriteWithImmediate = 1;
 constexpr int kOpcodeSend = 2;
+constexpr int kOpcodeBindWindow = 8;
 constexpr unsigned kSendSignaled = 2;
 constexpr unsigned kSendInline = 8;
 constexpr int kStatusSuccess = 0;

@@ -112,6 +112,10 @@ class Channel {
   // A server's next keep-alive is due then; never for a client.
   Clock::time_point next_due() const noexcept;
 
+  // Where the peer receives; only when ready(). For tests of who may write there.
+  uint64_t peer_window_address() const noexcept { return peer_window_->address; }
+  uint32_t peer_window_key() const noexcept { return peer_window_->key; }
+
   QueuePair& queue_pair() noexcept { return *queue_pair_; }
   const std::shared_ptr<ProtectionDomain>& domain() const noexcept { return queue_pair_->domain(); }
   // See QueuePair::close(): afterwards announced memory cannot change any more.

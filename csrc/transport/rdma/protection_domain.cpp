@@ -16,6 +16,8 @@ int access_flags(Access access) {
       return abi::kAccessLocalWrite;
     case Access::kRemoteWrite:
       return abi::kAccessLocalWrite | abi::kAccessRemoteWrite;  // the one is not allowed without the other
+    case Access::kBound:
+      return abi::kAccessLocalWrite | abi::kAccessWindowBind;
   }
   return 0;
 }
@@ -31,11 +33,30 @@ class VerbsRegion final : public rdma::MemoryRegion {
   ~VerbsRegion() override {
     if (libraries_.is_opener()) libraries_.ibv_dereg_mr(handle_);
   }
+  abi::MemoryRegion* handle() const noexcept { return handle_; }
 
  private:
   const std::shared_ptr<ProtectionDomain> domain_;  // ends after the region
   const Libraries& libraries_;
   abi::MemoryRegion* const handle_;
+};
+
+class VerbsWindow final : public rdma::MemoryRegion {
+ public:
+  VerbsWindow(std::shared_ptr<ProtectionDomain> domain, const Libraries& libraries,
+              const rdma::MemoryRegion& region, abi::MemoryWindow* handle, uint32_t remote_key)
+      : rdma::MemoryRegion(region.address(), region.bytes(), region.local_key(), remote_key),
+        domain_(std::move(domain)),
+        libraries_(libraries),
+        handle_(handle) {}
+  ~VerbsWindow() override {
+    if (libraries_.is_opener()) handle_->context->ops.dealloc_mw(handle_);
+  }
+
+ private:
+  const std::shared_ptr<ProtectionDomain> domain_;  // ends after the window
+  const Libraries& libraries_;
+  abi::MemoryWindow* const handle_;
 };
 
 }  // namespace
@@ -78,6 +99,25 @@ std::unique_ptr<rdma::MemoryRegion> VerbsDomain::register_memory(std::span<std::
   }
   return std::make_unique<VerbsRegion>(shared_from_this(), libraries_, region,
                                        reinterpret_cast<uintptr_t>(memory.data()), memory.size());
+}
+
+std::unique_ptr<rdma::MemoryRegion> VerbsDomain::make_window(const rdma::MemoryRegion& region,
+                                                             abi::SendRequest& bind) {
+  const auto* registered = dynamic_cast<const VerbsRegion*>(&region);
+  const auto allocate = context_->ops.alloc_mw;
+  if (registered == nullptr || allocate == nullptr) return nullptr;
+  abi::MemoryWindow* window = allocate(handle_, abi::kWindowOfQueuePair);
+  if (window == nullptr) return nullptr;
+  // What ibv_alloc_mw leaves to its caller; the low byte of a key is the owner's to change with each binding.
+  const uint32_t key = (window->rkey & ~0xffU) | ((window->rkey + 1) & 0xffU);
+  bind.opcode = abi::kOpcodeBindWindow;
+  bind.bind_mw = {window,
+                  key,
+                  registered->handle(),
+                  region.address(),
+                  region.bytes(),
+                  static_cast<unsigned>(abi::kAccessRemoteWrite)};
+  return std::make_unique<VerbsWindow>(shared_from_this(), libraries_, region, window, key);
 }
 
 std::unique_ptr<rdma::MemoryRegion> VerbsDomain::register_dmabuf(int fd, uint64_t offset, uint64_t bytes,

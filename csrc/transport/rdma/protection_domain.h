@@ -18,6 +18,9 @@ class VerbsDomain final : public ProtectionDomain {
   std::unique_ptr<rdma::MemoryRegion> register_dmabuf(int fd, uint64_t offset, uint64_t bytes,
                                                       uint64_t address, Access access) override;
   const std::string& device() const noexcept override { return device_; }
+  // A window of memory registered kBound, and the request that binds it to the queue pair it is posted on.
+  // Null: the card has none.
+  std::unique_ptr<rdma::MemoryRegion> make_window(const rdma::MemoryRegion& region, abi::SendRequest& bind);
 
   abi::Context* context() const noexcept { return context_; }
   abi::ProtectionDomain* handle() const noexcept { return handle_; }

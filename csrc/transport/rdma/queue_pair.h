@@ -27,6 +27,7 @@ enum class Access {
   kSource,       // the card reads it, for what we post; the peer has no right to it
   kReceive,      // the card writes it, for receives that we posted; the peer has no right to it
   kRemoteWrite,  // the peer may write anywhere in it, until it is deregistered
+  kBound,        // the peer of the one queue pair that a window onto it was made for may; see make_window()
 };
 
 // A registration of memory with a card: destroying it deregisters. It does not own the memory, which must
@@ -95,6 +96,12 @@ class QueuePair {
   // rest. Throws kUnavailable.
   virtual void start() = 0;
   virtual bool established() const noexcept = 0;
+
+  // A window onto memory that was registered kBound: the peer of this queue pair, and no other, may write
+  // there, whatever keys others guess. After start(), before anything that tells the peer its remote key is
+  // posted. It goes before close(), because it holds on to the queue pair, and the region after it. Null: the
+  // card has no such windows.
+  virtual std::unique_ptr<MemoryRegion> make_window(const MemoryRegion& region) = 0;
 
   // Work requests. They throw kUnavailable when the connection is lost or closed, kInvalid when the queue is
   // full (look at send_room() first). What the spans name stays valid until the completion, but for inlined

@@ -177,6 +177,19 @@ class VerbsQueuePair final : public rdma::QueuePair {
   }
   bool established() const noexcept override { return established_ && lost_reason_.empty() && !closed_; }
 
+  std::unique_ptr<rdma::MemoryRegion> make_window(const rdma::MemoryRegion& region) override {
+    require_open();
+    abi::SendRequest bind{};
+    bind.wr_id = tagged(Completion::Kind::kSend, kMaxId);
+    auto window = domain_->make_window(region, bind);
+    if (window == nullptr) return nullptr;
+    abi::SendRequest* bad = nullptr;
+    abi::QueuePair* queue_pair = (*id_)->qp;
+    if (queue_pair->context->ops.post_send(queue_pair, &bind, &bad) != 0) return nullptr;
+    ledger_.posted(false);
+    return window;
+  }
+
   void post_receive(uint64_t id, std::span<std::byte> memory, uint32_t key) override {
     require_open();
     abi::ScatterGather piece{reinterpret_cast<uintptr_t>(memory.data()), static_cast<uint32_t>(memory.size()),

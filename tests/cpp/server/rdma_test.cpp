@@ -403,6 +403,17 @@ TEST_CASE("a client that breaks the protocol loses its own connection and nothin
     CHECK(bad->lost());
     CHECK(running.network->refused_writes() == 1);
   }
+  SUBCASE("writes into another's window") {
+    // Whose address and key it guessed. (The fake hands out keys in order.)
+    const auto bad = running.client();
+    std::vector<std::byte> bytes(8);
+    const auto source = bad->offer(bytes);
+    bad->channel().queue_pair().post_write(0, bytes, source->local_key(),
+                                           good->channel().peer_window_address(),
+                                           good->channel().peer_window_key(), std::nullopt, true);
+    CHECK(bad->lost());
+    CHECK(running.network->refused_writes() == 1);
+  }
   SUBCASE("sends a message of the wrong size") {
     const auto bad = running.client();
     const std::array<std::byte, 31> message{};

@@ -89,6 +89,21 @@ TEST_SUITE("needs_rdma") {
     CHECK(running.server.counters().rdma_copied_bytes == 0);
   }
 
+  TEST_CASE("one client cannot write into the window of another, though it knows where that is") {
+    Running running;
+    const auto good = running.client();
+    const auto bad = running.client();
+    CHECK(good->ask({"PING"}) == "+PONG\r\n");
+    std::vector<std::byte> bytes(8);
+    const auto source = bad->offer(bytes);
+    bad->channel().queue_pair().post_write(0, bytes, source->local_key(),
+                                           good->channel().peer_window_address(),
+                                           good->channel().peer_window_key(), std::nullopt, true);
+    CHECK(bad->lost());
+    CHECK(good->ask({"PING"}) == "+PONG\r\n");
+    CHECK(running.server.counters().rdma_unbound_windows == 0);
+  }
+
   TEST_CASE("memory that a client never offered ends its connection alone") {
     Running running;
     const auto good = running.client();

@@ -64,6 +64,7 @@ class FakeRegion final : public MemoryRegion {
     return at >= address() && at - address() <= bytes() && length <= bytes() - (at - address());
   }
   const Access access;
+  const void* bound_to = nullptr;  // of a window: the queue pair through which alone it may be written
 
  private:
   const std::shared_ptr<FakeDomain> domain_;
@@ -117,6 +118,7 @@ class FakeQueuePair final : public QueuePair {
   const std::shared_ptr<ProtectionDomain>& domain() const noexcept override { return as_base_; }
   void start() override;
   bool established() const noexcept override;
+  std::unique_ptr<MemoryRegion> make_window(const MemoryRegion& region) override;
   void post_receive(uint64_t id, std::span<std::byte> memory, uint32_t key) override;
   void post_send(uint64_t id, std::span<const std::byte> bytes, std::optional<uint32_t> key,
                  bool signaled) override;
@@ -194,6 +196,7 @@ struct FakeFaults {
   uint64_t memlock_bytes = UINT64_MAX;  // more cannot be registered
   bool dmabuf = true;                   // register_dmabuf works; else kNotSupported
   size_t inline_bytes = 64;
+  bool windows = true;  // make_window works; else null
 };
 
 class FakeNetwork final : public Fabric {
@@ -367,6 +370,16 @@ inline void FakeQueuePair::start() {
   listener->second->signal_.raise();
 }
 
+inline std::unique_ptr<MemoryRegion> FakeQueuePair::make_window(const MemoryRegion& region) {
+  {
+    const std::lock_guard lock(network_.mutex_);
+    if (!network_.faults_.windows) return nullptr;
+  }
+  auto window = domain_->add(region.address(), region.bytes(), Access::kRemoteWrite);
+  static_cast<FakeRegion&>(*window).bound_to = this;
+  return window;
+}
+
 inline bool FakeQueuePair::established() const noexcept {
   const std::lock_guard lock(network_.mutex_);
   return state_ == State::kEstablished;
@@ -518,6 +531,7 @@ inline bool FakeQueuePair::deliver_one() {
   if (request.kind == Completion::Kind::kWrite && request.size > 0) {
     const FakeRegion* region = peer_->domain_->by_remote_key(request.remote_key);
     if (region == nullptr || region->access != Access::kRemoteWrite ||
+        (region->bound_to != nullptr && region->bound_to != peer_) ||
         !region->holds(request.remote_address, request.size)) {
       ++network_.refused_writes_;
       return refuse("Remote Access Error", "the peer wrote where it may not");
