@@ -71,8 +71,8 @@ def test_a_model_is_written_into_place_without_a_copy(server: WeightServer) -> N
     assert stats.copied_bytes == 0
     assert stats.unverified_bytes == 0
     nbytes = sum(tensor.nbytes for tensor in saved.values())
-    assert after["rdma_direct_bytes"] - before["rdma_direct_bytes"] >= nbytes
-    # The manifest, the index, and what a connection begins with.
+    # All but the last chunk, when that is small, and what a connection begins with.
+    assert after["rdma_direct_bytes"] - before["rdma_direct_bytes"] > nbytes - 2**15
     assert after["rdma_copied_bytes"] - before["rdma_copied_bytes"] < 2**16
     # Each chunk is one request and one reply; a tensor's edge in a chunk costs another write.
     chunks = nbytes // CHUNK_BYTES + 1
@@ -132,7 +132,7 @@ def test_a_client_that_is_killed_leaves_nothing_behind(server: WeightServer) -> 
         with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as client:
             assert client.stdout is not None
             assert client.stdout.readline() == "loaded\n"
-            assert numbers(server)["rdma_connected_clients"] >= 1
+            assert eventually(lambda: numbers(server)["rdma_connected_clients"] >= 1)
             client.kill()
         assert eventually(lambda: numbers(server)["rdma_connected_clients"] == 0)
         assert numbers(server)["values"] == before["values"]
@@ -161,7 +161,7 @@ def test_a_server_that_may_lock_little_copies_and_says_why(rdma_address: str) ->
         assert counted["rdma_direct_bytes"] == 0
         assert counted["rdma_copied_bytes"] >= sum(tensor.nbytes for tensor in saved.values())
         assert eventually(lambda: "values are copied before they are sent over RDMA" in server.errors())
-        assert "locked memory" in server.errors()
+        assert "may lock 6144 KiB" in server.errors()
 
 
 def test_a_password_is_asked_for_over_rdma_too(rdma_address: str, tmp_path: Path) -> None:

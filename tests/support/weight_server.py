@@ -53,7 +53,8 @@ class WeightServer:
         rdma: str | None = None,
         wrapper: Iterable[str] = (),
     ) -> None:
-        """`rdma`: the address of an RDMA card to listen on, too; `wrapper`: a command that runs the server."""
+        """`rdma`: the address of an RDMA card, to listen on instead of loopback; `wrapper`: what runs the server."""
+        self.host = rdma or "127.0.0.1"
         self.password = password
         self.tls = tls
         self.client_certificate = tls.issue(names=("client",)) if tls is not None and tls_clients else None
@@ -66,7 +67,7 @@ class WeightServer:
             command += ["--tls-cert", str(issued.cert_file), "--tls-key", str(issued.key_file)]
             command += ["--tls-client-ca", str(tls.ca_file)] if tls_clients else []
         if rdma is not None:
-            command += ["--rdma-bind", rdma, *([] if password_file is not None else ["--insecure"])]
+            command += ["--host", rdma, "--rdma-bind", rdma, *([] if password_file is not None else ["--insecure"])]
         if models is not None:
             command += ["--models", str(models)]
         environment = {**os.environ, "PYTHONPATH": str(PACKAGE)}
@@ -119,7 +120,7 @@ class WeightServer:
                 files = self.client_certificate
                 query = {"client_cert_file": files.cert_file, "client_key_file": files.key_file, **query}
         scheme = "redis" if self.tls is None else "rediss"
-        text = f"{scheme}://{secret}127.0.0.1:{self.port}/{quote(model)}"
+        text = f"{scheme}://{secret}{self.host}:{self.port}/{quote(model)}"
         return text + (f"?{urlencode(query)}" if query else "")
 
     def rdma_url(self, model: str, **query: object) -> str:
@@ -140,7 +141,7 @@ class WeightServer:
             if self.client_certificate is not None:
                 files = self.client_certificate
                 given = {"ssl_certfile": str(files.cert_file), "ssl_keyfile": str(files.key_file), **given}
-        return redis.Redis(host="127.0.0.1", port=self.port, retry=Retry(NoBackoff(), 0), **given)  # type: ignore[arg-type]
+        return redis.Redis(host=self.host, port=self.port, retry=Retry(NoBackoff(), 0), **given)  # type: ignore[arg-type]
 
     def end(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and return the exit code."""

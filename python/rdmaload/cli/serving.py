@@ -107,7 +107,8 @@ def register(commands: Commands) -> None:
         "--rdma-bind",
         metavar="IP",
         help="listen on the address of an RDMA card, too: clients with rdma:// urls get the bytes written straight "
-        "into their memory, from memory that is locked and registered with the card",
+        "into their memory, from memory that is locked and registered with the card. They read manifests over TCP, so "
+        "give --host, too",
     )
     serve.add_argument(
         "--rdma-port", type=whole_number, metavar="PORT", help="the port over RDMA (the same as over TCP)"
