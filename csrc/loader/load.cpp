@@ -47,6 +47,10 @@ Load::Load(std::shared_ptr<Transport> transport, std::shared_ptr<const StoreLayo
                                            std::to_string(plan_->region_bytes[i]));
     }
   }
+  std::vector<std::span<std::byte>> destinations;
+  destinations.reserve(regions_.size());
+  for (const Region& region : regions_) destinations.push_back(region.memory);
+  prepared_ = transport_->prepare(destinations);
 }
 
 Load::~Load() {
@@ -250,6 +254,7 @@ bool Load::wait(Deadline until) {
     }
     if (until.passed() && !done()) return false;
   }
+  prepared_.reset();  // the memory is the caller's again
   return true;
 }
 

@@ -111,6 +111,7 @@ class Load final : private ReadOwner {
   const uint64_t sequence_;
 
   std::atomic<bool> cancelled_{false};
+  std::shared_ptr<void> prepared_;  // Guarded by mutex_. What the transport made ready of the destinations.
   mutable std::mutex mutex_;
   std::condition_variable ended_;
   std::vector<std::unique_ptr<Slot>> slots_;  // Guarded by mutex_, as all below.

@@ -71,6 +71,62 @@ Read* ReadQueue::pop(Deadline deadline) {
   }
 }
 
+bool ReadQueue::is_ready_locked() const {
+  return !ready_.empty() || (!delayed_.empty() && delayed_.front().when <= Clock::now());
+}
+
+uint64_t ReadQueue::wakes() const {
+  std::lock_guard lock(mutex_);
+  return wakes_;
+}
+
+bool ReadQueue::empty() const {
+  std::lock_guard lock(mutex_);
+  return ready_.empty() && delayed_.empty();
+}
+
+bool ReadQueue::wait(Deadline deadline, uint64_t seen) {
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    if (stopped_ || wakes_ != seen) return false;
+    if (is_ready_locked()) {
+      changed_.notify_one();  // there may be more than one worker's share of them
+      return true;
+    }
+    if (deadline.passed()) return false;
+    auto until = deadline.when();
+    if (!delayed_.empty()) until = std::min(until, delayed_.front().when);
+    if (until == Clock::time_point::max()) {
+      changed_.wait(lock);
+    } else {
+      changed_.wait_until(lock, until);
+    }
+  }
+}
+
+void ReadQueue::wake() {
+  {
+    std::lock_guard lock(mutex_);
+    ++wakes_;
+  }
+  changed_.notify_all();
+}
+
+std::vector<Read*> ReadQueue::try_pop_share(size_t workers, size_t least, size_t most) {
+  std::vector<Read*> reads;
+  std::lock_guard lock(mutex_);
+  if (stopped_) return reads;
+  size_t waiting = delayed_.size();
+  for (const auto& [priority, queued] : ready_) waiting += queued.size();
+  const size_t count = std::clamp((waiting + workers - 1) / workers, least, most);
+  while (reads.size() < count) {
+    Read* read = pop_ready_locked(UINT64_MAX);
+    if (read == nullptr) break;
+    reads.push_back(read);
+  }
+  return reads;
+}
+
 std::vector<Read*> ReadQueue::remove(const ReadOwner& owner) {
   std::vector<Read*> removed;
   std::lock_guard lock(mutex_);

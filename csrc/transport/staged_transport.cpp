@@ -78,6 +78,8 @@ StagedTransport::StagedTransport(std::shared_ptr<Transport> source, Device& devi
   const auto count =
       std::max<size_t>(kMinSlots, static_cast<size_t>(std::min(options_.staging_bytes / stride_, needed)));
   ring_ = PinnedPool::process().take(device_, count * stride_);
+  const std::span<std::byte> ring = ring_->span();
+  prepared_ = source_->prepare({&ring, 1});
   counters_.staging_bytes = count * stride_;
   slots_.reserve(count);
   idle_.reserve(count);

@@ -119,6 +119,7 @@ class StagedTransport final : public Transport {
   uint64_t table_entries_ = 0;  // that the table has room for
   uint64_t stride_ = 0;         // bytes of one slot
   std::shared_ptr<PinnedBuffer> ring_;
+  std::shared_ptr<void> prepared_;  // what the source made ready of the ring
   std::vector<std::unique_ptr<Slot>> slots_;
 
   bool may_use_block_ = false;  // constant once constructed

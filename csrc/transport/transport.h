@@ -15,6 +15,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -82,10 +83,19 @@ class Transport {
   virtual void submit(Read& read, Clock::time_point not_before) = 0;
   void submit(Read& read) { submit(read, Clock::time_point::min()); }
   virtual void cancel(const ReadOwner& owner) = 0;
+  // Says that reads submitted from now on have segments in these blocks of memory, so that a transport whose
+  // hardware has to know memory beforehand can register each block once. Keep the result while such reads are
+  // outstanding and the memory exists; once it is destroyed, nothing of this transport can write there.
+  virtual std::shared_ptr<void> prepare(std::span<const std::span<std::byte>> destinations) {
+    static_cast<void>(destinations);
+    return nullptr;
+  }
   // The name that stats.path shows, e.g. "resp-tcp".
   virtual std::string_view path() const noexcept = 0;
   // Why a faster way was not taken; empty when nothing was given up.
   virtual std::string fallback_reason() const { return {}; }
+  // What is known of the way that is taken, for a log; empty where path() says it all.
+  virtual std::string description() const { return {}; }
   // Threads or connections that work at once.
   virtual int connections() const noexcept = 0;
 };

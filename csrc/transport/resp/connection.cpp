@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "transport/resp/handshake.h"
+
 namespace rdmaload::resp {
 namespace {
 
@@ -27,26 +29,9 @@ Connection::Connection(const Endpoint& endpoint, const GiveUp& give_up)
 
 void Connection::handshake(const GiveUp& give_up) {
   const Deadline deadline = Deadline::after(endpoint_.connect_timeout);
-  const auto expect_ok = [this](const Reply& reply, const char* what) {
-    if (reply.type != Type::kError) return;
-    const Status status = status_of_error(reply.text, endpoint_.name + ": " + what);
-    throw Error(status.code(), status.message());
-  };
-  const std::string& user = endpoint_.username;
-  const std::string& password = endpoint_.password;
-  if (endpoint_.protocol == 3) {
-    const std::string_view name = user.empty() ? "default" : std::string_view(user);
-    expect_ok(password.empty() ? command({"HELLO", "3"}, deadline, give_up)
-                               : command({"HELLO", "3", "AUTH", name, password}, deadline, give_up),
-              "HELLO 3");
-  } else if (!password.empty()) {
-    expect_ok(user.empty() ? command({"AUTH", password}, deadline, give_up)
-                           : command({"AUTH", user, password}, deadline, give_up),
-              "AUTH");
-  }
-  if (endpoint_.database != 0) {
-    expect_ok(command({"SELECT", std::to_string(endpoint_.database)}, deadline, give_up), "SELECT");
-  }
+  shake_hands(endpoint_, [&](std::initializer_list<std::string_view> arguments) {
+    return command(arguments, deadline, give_up);
+  });
 }
 
 Reply Connection::command(std::initializer_list<std::string_view> arguments, Deadline deadline,

@@ -175,7 +175,7 @@ Status status_of_error(std::string_view text, std::string_view context) {
   return Status(ErrorCode::kNotSupported, said);
 }
 
-void append_command(std::string& out, std::initializer_list<std::string_view> arguments) {
+void append_command(std::string& out, std::span<const std::string_view> arguments) {
   out += '*';
   out += std::to_string(arguments.size());
   out += "\r\n";

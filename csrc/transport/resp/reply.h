@@ -7,7 +7,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -46,6 +48,9 @@ std::optional<Reply> parse_reply(std::string_view bytes, size_t& consumed);
 Status status_of_error(std::string_view text, std::string_view context);
 
 // One command as a RESP array of bulk strings, appended to `out`.
-void append_command(std::string& out, std::initializer_list<std::string_view> arguments);
+void append_command(std::string& out, std::span<const std::string_view> arguments);
+inline void append_command(std::string& out, std::initializer_list<std::string_view> arguments) {
+  append_command(out, std::span(arguments.begin(), arguments.size()));
+}
 
 }  // namespace rdmaload::resp

@@ -1,0 +1,71 @@
+// The memory that reads go to, registered with the card when the first of them needs it: once per block, in
+// slabs, not once per tensor.
+//
+// The loader says beforehand what blocks there are (Transport::prepare); their registrations end with what it
+// got for that, or with revoke(). Any thread may use it. Registering takes milliseconds per slab, during
+// which only those wait who need that slab.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "transport/rdma/queue_pair.h"
+
+namespace rdmaload::rdma {
+
+// Below a page, copying is cheaper than registering.
+constexpr size_t kLeastRegisteredBytes = 4096;
+// One registration pins no more, so that a refusal is found early and costs no more than this.
+constexpr uint64_t kMostRegisteredBytes = uint64_t{1} << 30;
+
+class Destinations : public std::enable_shared_from_this<Destinations> {
+ public:
+  explicit Destinations(uint64_t slab_bytes = kMostRegisteredBytes) : slab_bytes_(slab_bytes) {}
+
+  // Deregistered when the result is destroyed. The memory outlives it.
+  std::shared_ptr<void> add(std::span<const std::span<std::byte>> blocks);
+
+  // What is known of the bytes at `data`.
+  struct Found {
+    const MemoryRegion* region = nullptr;  // null: not registered, so they are staged
+    std::span<std::byte> memory;           // of the region; empty when there is none
+    size_t bytes = 0;                      // of those asked for, from `data` on, for which this holds
+    uint64_t remote_address(const std::byte* data) const {
+      return region->address() + static_cast<uint64_t>(data - memory.data());
+    }
+  };
+  // Registers what was not yet, in this domain. The region lives as long as the result of add() and no longer
+  // than until revoke(). `bytes` is at least 1.
+  Found find(std::span<std::byte> wanted, const std::shared_ptr<ProtectionDomain>& domain);
+
+  // Ends all registrations, and there will be no more. Nobody may use a region any longer.
+  void revoke() noexcept;
+  // Why something was staged that is long enough to be registered; empty when nothing was.
+  std::string reason() const;
+  uint64_t registered_bytes() const;
+  uint64_t registrations() const;  // how many were ever made
+
+ private:
+  struct Slab {
+    std::span<std::byte> memory;
+    std::mutex mutex;
+    bool tried = false;                    // Guarded by mutex, as the next.
+    std::unique_ptr<MemoryRegion> region;  // null: staged
+  };
+  class Lease;
+  void remove(const std::vector<std::shared_ptr<Slab>>& slabs) noexcept;
+
+  const uint64_t slab_bytes_;
+  mutable std::mutex mutex_;
+  std::multimap<std::byte*, std::shared_ptr<Slab>> slabs_;  // Guarded by mutex_, as all below. By address.
+  bool revoked_ = false;
+  std::string reason_;
+  uint64_t registered_bytes_ = 0;
+  uint64_t registrations_ = 0;
+};
+
+}  // namespace rdmaload::rdma
