@@ -10,6 +10,8 @@
 #include "bindings/register.h"
 #include "transport/file_transport.h"
 #include "transport/http/http_transport.h"
+#include "transport/rdma/rdma_transport.h"
+#include "transport/rdma/verbs_queue_pair.h"
 #include "transport/resp/resp_transport.h"
 #include "transport/tls.h"
 
@@ -54,6 +56,35 @@ std::shared_ptr<resp::RespTransport> make_resp(std::string host, int port,
   endpoint.socket_path = std::move(socket_path);
   endpoint.tls = std::move(tls);
   return released_on_delete(new resp::RespTransport({std::move(endpoint), connections, bytes_in_flight}));
+}
+
+std::shared_ptr<rdma::RdmaTransport> make_rdma(std::string host, int port, int tcp_port, bool fall_back,
+                                               std::string device, std::optional<std::string> username,
+                                               std::optional<std::string> password, int db, int protocol,
+                                               int connections, uint64_t bytes_in_flight,
+                                               double connect_timeout, double inactivity_timeout,
+                                               std::string name) {
+  using Seconds = std::chrono::duration<double>;
+  rdma::TransportOptions options;
+  options.endpoint.host = std::move(host);
+  options.endpoint.port = port;
+  options.endpoint.username = std::move(username).value_or("");
+  options.endpoint.password = std::move(password).value_or("");
+  options.endpoint.database = db;
+  options.endpoint.protocol = protocol;
+  options.endpoint.connect_timeout = Seconds(connect_timeout);
+  options.endpoint.inactivity_timeout = Seconds(inactivity_timeout);
+  options.endpoint.name = std::move(name);
+  options.device = std::move(device);
+  options.connections = connections;
+  options.bytes_in_flight = bytes_in_flight;
+  options.fabric = std::make_shared<rdma::VerbsFabric>();
+  if (fall_back) {
+    resp::TransportOptions tcp{options.endpoint, connections, bytes_in_flight};
+    tcp.endpoint.port = tcp_port;
+    options.fall_back = [tcp] { return std::make_unique<resp::RespTransport>(tcp); };
+  }
+  return released_on_delete(new rdma::RdmaTransport(std::move(options)));
 }
 
 // An Addresses function of Python: (object, refused) -> (url, headers, etag, proxy, proxy authorization,
@@ -102,6 +133,7 @@ void register_transport(py::module_& module) {
   py::class_<Transport, std::shared_ptr<Transport>>(module, "Transport")
       .def_property_readonly("path", [](const Transport& self) { return std::string(self.path()); })
       .def_property_readonly("fallback_reason", &Transport::fallback_reason)
+      .def_property_readonly("description", &Transport::description)
       .def_property_readonly("connections", &Transport::connections);
 
   py::class_<FileTransport, Transport, std::shared_ptr<FileTransport>>(module, "FileTransport")
@@ -132,6 +164,13 @@ void register_transport(py::module_& module) {
            py::arg("protocol") = 2, py::arg("connections") = 2, py::arg("bytes_in_flight") = 4 << 20,
            py::arg("connect_timeout") = 10.0, py::arg("inactivity_timeout") = 30.0, py::arg("name") = "redis",
            py::arg("socket_path") = "", py::arg("tls") = nullptr);
+
+  py::class_<rdma::RdmaTransport, Transport, std::shared_ptr<rdma::RdmaTransport>>(module, "RdmaTransport")
+      .def(py::init(&make_rdma), py::kw_only(), py::arg("host"), py::arg("port"), py::arg("tcp_port"),
+           py::arg("fall_back"), py::arg("device") = "", py::arg("username") = py::none(),
+           py::arg("password") = py::none(), py::arg("db") = 0, py::arg("protocol") = 2,
+           py::arg("connections") = 4, py::arg("bytes_in_flight") = 16 << 20,
+           py::arg("connect_timeout") = 10.0, py::arg("inactivity_timeout") = 30.0, py::arg("name") = "rdma");
 
   py::class_<http::HttpTransport, Transport, std::shared_ptr<http::HttpTransport>>(module, "HttpTransport")
       .def(py::init(&make_http), py::arg("addresses"), py::kw_only(), py::arg("connections") = 8,

@@ -29,6 +29,8 @@ class Transport:
     @property
     def fallback_reason(self) -> str: ...
     @property
+    def description(self) -> str: ...
+    @property
     def connections(self) -> int: ...
 
 class FileTransport(Transport):
@@ -65,6 +67,26 @@ class RespTransport(Transport):
         name: str = "redis",
         socket_path: str = "",
         tls: TlsContext | None = None,
+    ) -> None: ...
+
+class RdmaTransport(Transport):
+    def __init__(
+        self,
+        *,
+        host: str,
+        port: int,
+        tcp_port: int,
+        fall_back: bool,
+        device: str = "",
+        username: str | None = None,
+        password: str | None = None,
+        db: int = 0,
+        protocol: int = 2,
+        connections: int = 4,
+        bytes_in_flight: int = ...,
+        connect_timeout: float = 10.0,
+        inactivity_timeout: float = 30.0,
+        name: str = "rdma",
     ) -> None: ...
 
 class HttpTransport(Transport):

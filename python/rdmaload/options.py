@@ -205,6 +205,10 @@ class Options:
     """Redis database number."""
     protocol: int = _option(_one_of(2, 3), 2)
     """RESP version to speak."""
+    tcp_port: int | None = _option(_whole(1, 65535), None)
+    """TCP port of the server of an rdma:// url; None = the url's port."""
+    fallback: Literal["auto", "never"] = _option(_one_of("auto", "never"), "auto")
+    """What rdma:// does where RDMA does not work: "auto" reads over TCP and says why, "never" is an error."""
     chunk_bytes: int | None = _option(_size(), None)
     """Bytes per chunk of a save; None = the format's default, or what the store takes."""
     threads: int = _option(_whole(1, 1024), 2)

@@ -110,6 +110,7 @@ class StoreReader:
         """Gets the times of every read, where there is one."""
         self._paths = [file.path for file in index.files]
         self._logged_fallback: str | None = None
+        self._logged_way: str | None = None
         self._lock = threading.Lock()
         self._transport: _core.Transport | None = None  # guarded by _lock
         self._closed = False  # guarded by _lock
@@ -349,6 +350,7 @@ class StoreReader:
             stats.path = way.path
             stats.connections = transport.connections
             self._note_fallback(way.fallback_reason or self._connector.fallback_reason, stats)
+            self._note_way(transport.description)
         stats.generation = self._generation
         stats.retries += counters["retries"]
         stats.verified_bytes += counters["verified_bytes"]
@@ -365,8 +367,14 @@ class StoreReader:
         if reason != self._logged_fallback:
             self._logged_fallback = reason
             # What was not asked for is a choice rather than a loss.
-            level = logging.INFO if self._connector.options.file_io == "auto" else logging.WARNING
+            asked_for = isinstance(self._connector, KeyValueConnector) or self._connector.options.file_io != "auto"
+            level = logging.WARNING if asked_for else logging.INFO
             _log.log(level, "%s: %s", self._connector.url, reason)
+
+    def _note_way(self, description: str) -> None:
+        if description and description != self._logged_way:
+            self._logged_way = description
+            _log.info("%s: %s", self._connector.url, description)
 
     def _explained(self, error: RdmaloadError, key: str | None) -> RdmaloadError:
         """The error with its url and key; for a missing chunk, which of the two reasons it is."""

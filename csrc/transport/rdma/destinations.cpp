@@ -47,8 +47,8 @@ void Destinations::remove(const std::vector<std::shared_ptr<Slab>>& slabs) noexc
   uint64_t ended = 0;
   for (const auto& slab : slabs) {
     std::lock_guard lock(slab->mutex);
-    if (slab->region) ended += slab->memory.size();
-    slab->region.reset();
+    if (slab->registration) ended += slab->memory.size();
+    slab->registration.reset();
     slab->tried = true;
   }
   std::lock_guard lock(mutex_);
@@ -79,21 +79,24 @@ Destinations::Found Destinations::find(std::span<std::byte> wanted,
   std::lock_guard lock(slab->mutex);
   if (!slab->tried) {
     slab->tried = true;
-    std::string refused;
-    try {
-      slab->region = domain->register_memory(slab->memory, Access::kRemoteWrite);
-    } catch (const Error& error) {  // the limit of locked memory, or of the card
-      refused = error.what();
-    }
+    Registration made =
+        MemoryRegistrar(domain, slab_bytes_).register_host(slab->memory, Access::kRemoteWrite);
     std::lock_guard counters(mutex_);
-    if (slab->region) {
+    if (made.registered()) {
       registered_bytes_ += slab->memory.size();
       ++registrations_;
+      slab->registration = std::move(made);
     } else if (reason_.empty()) {
-      reason_ = refused;
+      reason_ = made.reason();
     }
   }
-  return {slab->region.get(), slab->region ? slab->memory : std::span<std::byte>(), bytes};
+  if (!slab->registration) return {nullptr, {}, bytes};
+  // A slab that does not begin at a page may be registered in two parts.
+  const auto address = reinterpret_cast<uintptr_t>(wanted.data());
+  const MemoryRegion* region = slab->registration->find(address);
+  const std::span<std::byte> memory(wanted.data() - (address - region->address()), region->bytes());
+  return {region, memory,
+          std::min<size_t>(bytes, static_cast<size_t>(memory.data() + memory.size() - wanted.data()))};
 }
 
 void Destinations::revoke() noexcept {

@@ -9,22 +9,21 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
-#include "transport/rdma/queue_pair.h"
+#include "transport/rdma/registrar.h"
 
 namespace rdmaload::rdma {
 
 // Below a page, copying is cheaper than registering.
 constexpr size_t kLeastRegisteredBytes = 4096;
-// One registration pins no more, so that a refusal is found early and costs no more than this.
-constexpr uint64_t kMostRegisteredBytes = uint64_t{1} << 30;
 
 class Destinations : public std::enable_shared_from_this<Destinations> {
  public:
-  explicit Destinations(uint64_t slab_bytes = kMostRegisteredBytes) : slab_bytes_(slab_bytes) {}
+  explicit Destinations(uint64_t slab_bytes = kMaxSlabBytes) : slab_bytes_(slab_bytes) {}
 
   // Deregistered when the result is destroyed. The memory outlives it.
   std::shared_ptr<void> add(std::span<const std::span<std::byte>> blocks);
@@ -53,8 +52,8 @@ class Destinations : public std::enable_shared_from_this<Destinations> {
   struct Slab {
     std::span<std::byte> memory;
     std::mutex mutex;
-    bool tried = false;                    // Guarded by mutex, as the next.
-    std::unique_ptr<MemoryRegion> region;  // null: staged
+    bool tried = false;                        // Guarded by mutex, as the next.
+    std::optional<Registration> registration;  // none: staged
   };
   class Lease;
   void remove(const std::vector<std::shared_ptr<Slab>>& slabs) noexcept;

@@ -65,7 +65,6 @@ _MISSING_TRANSPORTS = {
     "valkey+cluster": "the Valkey Cluster connector",
     "redis+sentinel": "the Redis Sentinel connector",
     "valkey+sentinel": "the Valkey Sentinel connector",
-    "rdma": "the RDMA transport",
 }
 
 
@@ -217,12 +216,15 @@ class RedisConnector(KeyValueConnector):
         self._tls = python_context(self.options, url=self.url) if tls else None
         self._password = self.options.read_password(url=self.url)
         self._host = url.host or "localhost"
-        self._port = url.port or 6379
+        self._port = self._tcp_port()
         self._reached = False  # Only ever becomes true; a stale read costs one shorter deadline.
         self._pool_lock = threading.Lock()
         self._sockets = _Sockets()
         self._ended = threading.Event()  # Set by close(), for those who wait to try again.
         self._client: Any = self._new_client()  # Any: redis-py declares every result as maybe awaitable.
+
+    def _tcp_port(self) -> int:
+        return self.location.port or 6379
 
     def _new_client(self) -> redis.Redis:
         options = self.options

@@ -36,7 +36,7 @@ _BUILT_IN = {
     "redis+unix": _REDIS,
     "redis+cluster": _REDIS,
     "redis+sentinel": _REDIS,
-    "rdma": _REDIS,
+    "rdma": "rdmaload.connectors.rdma:RdmaConnector",
     "s3": "rdmaload.connectors.s3:S3Connector",
     "valkey": _REDIS,
     "valkeys": _REDIS,
