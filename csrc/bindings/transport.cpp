@@ -87,6 +87,25 @@ std::shared_ptr<rdma::RdmaTransport> make_rdma(std::string host, int port, int t
   return released_on_delete(new rdma::RdmaTransport(std::move(options)));
 }
 
+// Connects as a load would, and says how: doctor's.
+std::string rdma_way(std::string host, int port, std::string device, std::optional<std::string> username,
+                     std::optional<std::string> password, int db, int protocol, double connect_timeout,
+                     std::string name) {
+  resp::Endpoint endpoint;
+  endpoint.host = std::move(host);
+  endpoint.port = port;
+  endpoint.username = std::move(username).value_or("");
+  endpoint.password = std::move(password).value_or("");
+  endpoint.database = db;
+  endpoint.protocol = protocol;
+  endpoint.connect_timeout = std::chrono::duration<double>(connect_timeout);
+  endpoint.name = std::move(name);
+  rdma::VerbsFabric fabric;
+  rdma::Remote remote{endpoint.host, endpoint.port, std::move(device), nullptr};
+  rdma::Session session(fabric, endpoint, remote, rdma::Session::kLeastWindowBytes, [] { return false; });
+  return session.description();
+}
+
 // An Addresses function of Python: (object, refused) -> (url, headers, etag, proxy, proxy authorization,
 // seconds that it lasts or None).
 http::Addresses python_addresses(py::function function) {
@@ -171,6 +190,11 @@ void register_transport(py::module_& module) {
            py::arg("password") = py::none(), py::arg("db") = 0, py::arg("protocol") = 2,
            py::arg("connections") = 4, py::arg("bytes_in_flight") = 16 << 20,
            py::arg("connect_timeout") = 10.0, py::arg("inactivity_timeout") = 30.0, py::arg("name") = "rdma");
+
+  module.def("rdma_way", &rdma_way, py::kw_only(), py::arg("host"), py::arg("port"), py::arg("device") = "",
+             py::arg("username") = py::none(), py::arg("password") = py::none(), py::arg("db") = 0,
+             py::arg("protocol") = 2, py::arg("connect_timeout") = 10.0, py::arg("name") = "rdma",
+             py::call_guard<py::gil_scoped_release>());
 
   py::class_<http::HttpTransport, Transport, std::shared_ptr<http::HttpTransport>>(module, "HttpTransport")
       .def(py::init(&make_http), py::arg("addresses"), py::kw_only(), py::arg("connections") = 8,

@@ -89,6 +89,19 @@ class RdmaTransport(Transport):
         name: str = "rdma",
     ) -> None: ...
 
+def rdma_way(
+    *,
+    host: str,
+    port: int,
+    device: str = "",
+    username: str | None = None,
+    password: str | None = None,
+    db: int = 0,
+    protocol: int = 2,
+    connect_timeout: float = 10.0,
+    name: str = "rdma",
+) -> str: ...
+
 class HttpTransport(Transport):
     def __init__(
         self,

@@ -13,6 +13,7 @@ import pytest
 from rdmaload.connectors import connector_for, register_connector, registry
 from rdmaload.connectors.local import LocalConnector
 from rdmaload.connectors.memory import MemoryConnector
+from rdmaload.connectors.rdma import RdmaConnector
 from rdmaload.connectors.redis import RedisConnector
 from rdmaload.errors import NotSupportedError, UrlError
 from rdmaload.options import Options
@@ -41,6 +42,7 @@ def declare(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
         ("rediss://127.0.0.1/m", RedisConnector),
         ("valkeys://127.0.0.1/m", RedisConnector),
         ("redis+unix:///s.sock?model=m", RedisConnector),
+        ("rdma://127.0.0.1/m", RdmaConnector),
         ("valkey+unix:///s.sock?model=m", RedisConnector),
         ("memory://s/m", MemoryConnector),
         ("./m", LocalConnector),
@@ -58,7 +60,6 @@ def test_what_is_built_in(url: str | Path, cls: type) -> None:
     [
         ("redis+cluster://h/m", "Cluster"),
         ("redis+sentinel://h/m", "Sentinel"),
-        ("rdma://h/m", "RDMA"),
     ],
 )
 def test_a_transport_that_is_missing_is_named(url: str, missing: str) -> None:

@@ -17,6 +17,8 @@ namespace rdmaload::rdma {
 namespace {
 
 constexpr uint64_t kLeastRingBytes = 1 << 20;
+// Where memory may not be locked for destinations, there is not much for the ring either.
+constexpr uint64_t kEnoughRingBytes = 4 << 20;
 // Reads in flight at once, whatever their size: their commands and replies are small, but not nothing.
 constexpr size_t kMostReads = 256;
 
@@ -64,7 +66,6 @@ class DirectLane final : public Lane {
   ~DirectLane() override { close(); }
 
   bool idle() const noexcept override { return in_flight_.empty() && held_ == nullptr; }
-  std::string_view protocol() const noexcept override { return "RDMALOAD.READ"; }
   bool suits(uint64_t) const noexcept override { return true; }
 
   void take(ReadQueue& queue, size_t) override {
@@ -186,7 +187,8 @@ class DirectLane final : public Lane {
         return false;  // until the ring that there is can go
       }
       ring_.reset();
-      ring_.emplace(std::max({kLeastRingBytes, 2 * bytes, share_}), *session_->channel().domain());
+      ring_.emplace(std::max({kLeastRingBytes, 2 * bytes, std::min(share_, kEnoughRingBytes)}),
+                    *session_->channel().domain());
     }
     const auto memory = ring_->take(bytes);
     if (!memory) return false;

@@ -2,10 +2,6 @@
 
 namespace rdmaload::rdma {
 
-std::string Lane::description() const {
-  return std::string(protocol()) + " over " + session_->channel().queue_pair().description();
-}
-
 void Lane::check_activity(const Read& waiting) const {
   const auto limit = session_->endpoint().inactivity_timeout;
   if (Deadline::at(session_->last_activity + std::chrono::duration_cast<Clock::duration>(limit)).passed()) {

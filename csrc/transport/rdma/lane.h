@@ -30,13 +30,12 @@ class Lane {
   virtual bool has_cancelled_reads() const noexcept = 0;
   // After close(): completes every read in flight, the one at the head with `first`.
   virtual void fail_all(const Status& first) noexcept = 0;
-  virtual std::string_view protocol() const noexcept = 0;
 
   // Whether it can serve values of this size as well as it should.
   virtual bool suits(uint64_t longest_read) const noexcept = 0;
   void close() noexcept { session_->close(); }
   uint64_t completed_reads() const noexcept { return completed_reads_; }
-  std::string description() const;
+  std::string description() const { return session_->description(); }
 
  protected:
   Lane(std::unique_ptr<Session> session, std::shared_ptr<Destinations> destinations)

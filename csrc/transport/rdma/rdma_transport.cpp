@@ -40,7 +40,10 @@ RdmaTransport::RdmaTransport(TransportOptions options) : options_(std::move(opti
 
 RdmaTransport::~RdmaTransport() {
   complete_all_cancelled(queue_.stop());
-  changed_.notify_all();
+  {
+    std::lock_guard lock(mutex_);  // so that nobody is between looking and sleeping
+    changed_.notify_all();
+  }
   threads_.clear();
   tcp_.reset();
 }
@@ -121,6 +124,12 @@ void RdmaTransport::work() {
       if (status.code() == ErrorCode::kCancelled && !lane) continue;
       const bool had_lane = lane != nullptr;
       const bool worked = had_lane && lane->completed_reads() > 0 && status.code() != ErrorCode::kTimeout;
+      if (status.code() == ErrorCode::kDevice && has_other_lanes(had_lane)) {
+        // No room for one more connection (locked memory, say): the others do this one's part.
+        if (lane) drop(lane, Status(ErrorCode::kUnavailable, status.message()));
+        wait_until_left();
+        continue;
+      }
       const bool is_dead = !cancelled && (had_lane ? is_of_the_way(status.code()) && !worked : true);
       if (is_dead && options_.fall_back) {
         {
@@ -213,6 +222,17 @@ std::unique_ptr<Lane> RdmaTransport::open_lane(const std::shared_ptr<ProtectionD
   queue_.look_at_first([&](const Read& read) { sample = {read.object, read.object_bytes}; });
   session->test_direct_reads(sample, give_up);
   return make_direct_lane(std::move(session), destinations_, share);
+}
+
+bool RdmaTransport::has_other_lanes(bool has_one) const {
+  std::lock_guard lock(mutex_);
+  return lanes_ > (has_one ? 1 : 0);
+}
+
+// Until the transport is closed, or there is no lane any more that could do the work.
+void RdmaTransport::wait_until_left() {
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [this] { return way_ == Way::kTcp || lanes_ == 0 || queue_.stopped(); });
 }
 
 // Ends a connection of a way that stays. Nothing can land through it before its reads are completed.

@@ -64,6 +64,8 @@ class RdmaTransport final : public Transport {
   std::unique_ptr<Lane> open_lane(const std::shared_ptr<ProtectionDomain>& domain);
   void leave(std::unique_ptr<Lane>& lane, const Status& status);
   bool leaving() const;
+  bool has_other_lanes(bool has_one) const;
+  void wait_until_left();
   void serve_over_tcp();
   void drop(std::unique_ptr<Lane>& lane, const Status& status);
   void end_way_locked();

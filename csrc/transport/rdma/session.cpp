@@ -104,6 +104,11 @@ void Session::test_direct_reads(const Sample& sample, const GiveUp& give_up) {
   }
 }
 
+std::string Session::description() const {
+  return (max_segments_ > 0 ? "RDMALOAD.READ over " : "Valkey over RDMA, ") +
+         channel_->queue_pair().description();
+}
+
 void Session::announce_slot(size_t index) {
   channel_->announce(*region_, index * window_bytes_, window_bytes_);
   consumed_ = 0;

@@ -37,6 +37,8 @@ class Session {
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
 
+  // "RDMALOAD.READ over mlx5_0 ..., to 10.0.0.5:6380"
+  std::string description() const;
   // Segments per RDMALOAD.READ, or 0 where the server does not know that command.
   size_t max_segments() const noexcept { return max_segments_; }
   // Reads the front of a value in both ways and compares. Does nothing where the server has no such value.

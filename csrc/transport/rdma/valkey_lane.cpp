@@ -34,7 +34,6 @@ class ValkeyLane final : public Lane {
   ~ValkeyLane() override { close(); }
 
   bool idle() const noexcept override { return entries_.empty(); }
-  std::string_view protocol() const noexcept override { return "Valkey over RDMA"; }
   bool suits(uint64_t longest_read) const noexcept override {
     return bulk_reply_bytes(longest_read) <= session_->window_bytes();
   }

@@ -39,10 +39,14 @@ def store_checks(url: str, opts: dict[str, object]) -> Iterator[Check]:
 
 
 def _key_value(connector: KeyValueConnector) -> Iterator[Check]:
+    from rdmaload.cli.rdma_checks import rdma_checks
     from rdmaload.cli.server_checks import room_check, server_checks
+    from rdmaload.connectors.rdma import RdmaConnector
     from rdmaload.connectors.redis import RedisConnector
     from rdmaload.sources import read_manifest
 
+    if isinstance(connector, RdmaConnector):
+        yield from rdma_checks(connector)
     # Always absent, and never another model's: no model is named so.
     probe = f"{connector.model or 'rdmaload:doctor'}/doctor"
     started = time.perf_counter()

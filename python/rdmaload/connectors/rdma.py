@@ -36,7 +36,9 @@ class RdmaConnector(RedisConnector):
         self.card = url.query.get("device", "")
         """The card to use; empty: the one that the route to the server goes through."""
         if self.card and not _CARD.fullmatch(self.card):
-            raise UrlError(f"{self.url}: device= names an RDMA card, such as mlx5_0 (ibv_devices lists them)", url=self.url)
+            raise UrlError(
+                f"{self.url}: device= names an RDMA card, such as mlx5_0 (ibv_devices lists them)", url=self.url
+            )
 
     @property
     def rdma_address(self) -> tuple[str, int]:

@@ -223,6 +223,11 @@ class RedisConnector(KeyValueConnector):
         self._ended = threading.Event()  # Set by close(), for those who wait to try again.
         self._client: Any = self._new_client()  # Any: redis-py declares every result as maybe awaitable.
 
+    @property
+    def password(self) -> str | None:
+        """The password that the options give, wherever they say it is; never show it."""
+        return self._password
+
     def _tcp_port(self) -> int:
         return self.location.port or 6379
 

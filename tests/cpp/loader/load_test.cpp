@@ -110,6 +110,37 @@ TEST_CASE("a load through many threads delivers every byte and counts exactly") 
   }
 }
 
+// Says what it was told of destinations.
+class PreparedTransport final : public ManualTransport {
+ public:
+  std::shared_ptr<void> prepare(std::span<const std::span<std::byte>> destinations) override {
+    prepared.assign(destinations.begin(), destinations.end());
+    ++held;
+    return std::shared_ptr<void>(&held, [](int* count) { --*count; });
+  }
+  std::vector<std::span<std::byte>> prepared;
+  int held = 0;
+};
+
+TEST_CASE("the transport knows the destinations before the first read, and until all have ended") {
+  Fixture fixture(2, 1000);
+  const auto transport = std::make_shared<PreparedTransport>();
+  fixture.make(transport, {});
+  REQUIRE(transport->prepared.size() == fixture.memory.size());
+  for (size_t i = 0; i < fixture.memory.size(); ++i) {
+    CHECK(transport->prepared[i].data() == fixture.memory[i].data());
+  }
+  fixture.load->start();
+  while (Read* read = transport->waiting() > 0 ? transport->take() : nullptr) {
+    CHECK(transport->held == 1);
+    CHECK_FALSE(fixture.load->wait(Deadline::after(std::chrono::seconds(0))));
+    deliver(*read, fixture.model.object(read->object));
+    finish(read);
+  }
+  REQUIRE(fixture.load->wait(soon()));
+  CHECK(transport->held == 0);  // though the load still exists
+}
+
 TEST_CASE("reads say what the store has to give: object, size, range, segments, checksum") {
   Model model;
   model.add_blocks(250, 60, 1);  // the last chunk is shorter

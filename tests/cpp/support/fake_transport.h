@@ -20,7 +20,7 @@ namespace rdmaload::testing {
 
 // Completes nothing by itself: the test takes the reads that were submitted and completes them when it likes,
 // on the thread that it likes. A read counts as in flight once taken, as waiting before.
-class ManualTransport final : public Transport {
+class ManualTransport : public Transport {
  public:
   explicit ManualTransport(int connections = 1) : connections_(connections) {}
   using Transport::submit;

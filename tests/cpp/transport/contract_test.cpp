@@ -10,6 +10,7 @@
 #include "core/crc32c.h"
 #include "support/fake_gpu.h"
 #include "support/http_server.h"
+#include "support/rdma_server.h"
 #include "support/reads.h"
 #include "support/resp_server.h"
 #include "support/temp_dir.h"
@@ -17,6 +18,7 @@
 #include "transport/file_transport.h"
 #include "transport/http/http_transport.h"
 #include "transport/memory_transport.h"
+#include "transport/rdma/rdma_transport.h"
 #include "transport/resp/resp_transport.h"
 #include "transport/staged_transport.h"
 
@@ -171,6 +173,30 @@ struct HttpsStore {
   }
 };
 
+// Over cards in memory; ours by RDMALOAD.READ, else as a Valkey.
+template <bool kOurs>
+struct RdmaStore {
+  static constexpr size_t kMostCopiedBytes = SIZE_MAX;  // nobody says beforehand where reads will go
+  static constexpr bool kKnowsSizes = true;
+  static rdma::testing::RdmaServer::Options server_options() {
+    rdma::testing::RdmaServer::Options options;
+    options.ours = kOurs;
+    return options;
+  }
+  rdma::testing::FakeNetwork network;
+  rdma::testing::RdmaServer server{network, server_options()};
+  void put(const std::string& object, const std::vector<std::byte>& bytes) { server.put(object, bytes); }
+  std::unique_ptr<Transport> open(int connections) {
+    rdma::TransportOptions options;
+    options.endpoint.host = "fake";
+    options.endpoint.port = server.port();
+    options.endpoint.name = "rdma://fake";
+    options.connections = connections;
+    options.fabric = std::shared_ptr<rdma::Fabric>(&network, [](rdma::Fabric*) {});
+    return std::make_unique<rdma::RdmaTransport>(std::move(options));
+  }
+};
+
 // Any store behind the road to a GPU, whose memory the fake driver takes the tests' own for. With kernels:
 // every read goes as a block that a kernel takes apart and another one checks.
 template <typename Source, bool kKernels>
@@ -190,11 +216,12 @@ struct StagedStore : Source {
 using StagedMemory = StagedStore<MemoryStore, false>;
 using KernelMemory = StagedStore<MemoryStore, true>;
 using StagedResp = StagedStore<RespStore<2>, false>;
+using StagedRdma = StagedStore<RdmaStore<true>, false>;
 
 #define FOR_EVERY_TRANSPORT(name)                                                                    \
   TEST_CASE_TEMPLATE(name, Store, MemoryStore, AutoFileStore, BufferedFileStore, DirectFileStore,    \
                      RespStore<2>, RespStore<3>, UnixRespStore, TlsRespStore, HttpStore, HttpsStore, \
-                     StagedMemory, KernelMemory, StagedResp)
+                     RdmaStore<true>, RdmaStore<false>, StagedMemory, KernelMemory, StagedResp, StagedRdma)
 
 Clock::time_point much_later() { return Clock::now() + std::chrono::hours(1); }
 

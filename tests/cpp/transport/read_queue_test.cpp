@@ -50,6 +50,38 @@ TEST_CASE("a delayed read waits for its time, the earliest first, and holds up n
   CHECK(queue.try_pop() == nullptr);
 }
 
+TEST_CASE("a worker's share is a stretch of neighbours") {
+  ReadQueue queue;
+  Read reads[10];
+  for (Read& read : reads) REQUIRE(queue.push(read, kNow));
+  const auto share = queue.try_pop_share(4, 1, 100);
+  REQUIRE(share.size() == 3);  // of ten
+  for (int i = 0; i < 3; ++i) CHECK(share[static_cast<size_t>(i)] == &reads[i]);
+  CHECK(queue.try_pop_share(4, 5, 100).size() == 5);
+  CHECK(queue.try_pop_share(1, 1, 1).size() == 1);
+  CHECK(queue.try_pop_share(1, 4, 100).size() == 1);
+  CHECK(queue.empty());
+}
+
+TEST_CASE("waiting leaves a read in the queue, and ends when it is woken") {
+  ReadQueue queue;
+  Read read, late;
+  const uint64_t before = queue.wakes();
+  CHECK_FALSE(queue.wait(Deadline::at(kNow), before));
+  REQUIRE(queue.push(late, much_later()));
+  CHECK_FALSE(queue.wait(Deadline::at(kNow), before));
+  CHECK_FALSE(queue.empty());
+  REQUIRE(queue.push(read, kNow));
+  CHECK(queue.wait(Deadline::never(), before));
+  CHECK(queue.look_at_first([&](const Read& first) { CHECK(&first == &read); }));
+  queue.wake();
+  CHECK_FALSE(queue.wait(Deadline::never(), before));  // woken since: also when that was before the call
+  CHECK(queue.wait(Deadline::never(), queue.wakes()));
+  CHECK(queue.try_pop() == &read);
+  std::jthread waker([&] { queue.wake(); });
+  CHECK_FALSE(queue.wait(Deadline::never(), before + 1));
+}
+
 TEST_CASE("reads of a lower priority number leave first, in their order") {
   ReadQueue queue;
   Read reads[6];

@@ -163,6 +163,32 @@ TEST_CASE("what may not be locked is staged, which is said with the reason") {
   CHECK(mentions(transport.fallback_reason(), "locked memory"));
 }
 
+TEST_CASE("connections that find no memory to lock leave the work to those that did") {
+  FakeNetwork network;
+  RdmaServer server(network, {});
+  RecordingOwner owner;
+  Model model(100'000, 30, 3'333, owner);
+  model.put_into(server);
+  TransportOptions options = options_for(network, server.port(), 4);
+  options.fall_back = [&] { return std::make_unique<MemoryTransport>(); };  // which has nothing
+  RdmaTransport transport(options);
+  const std::span<std::byte> destination = model.destination();
+  auto lease = transport.prepare({&destination, 1});
+  network.set([](FakeFaults& faults) { faults.memlock_bytes = 3 << 20; });
+  std::atomic<size_t> done{0};
+  owner.then([&](Read& read, const Status& status) {
+    if (status.ok()) {
+      ++done;
+    } else {
+      transport.submit(read);
+    }
+  });
+  for (const auto& read : model.reads) transport.submit(*read);
+  while (done < model.reads.size()) REQUIRE(owner.wait_for(owner.count() + 1));
+  CHECK(model.is_complete());
+  CHECK(transport.path() == "resp-rdma");
+}
+
 TEST_CASE("a destination is registered once, by the first read into it, and never after it was given back") {
   FakeNetwork network;
   RdmaServer server(network, {});
