@@ -85,15 +85,12 @@ class RdmaServer {
     std::vector<std::unique_ptr<Connection>> connections;
     while (!stop.stop_requested()) {
       while (auto queue_pair = listener_->accept()) {
-        auto connection = std::make_unique<Connection>();
-        connection->window.resize(options_.window_bytes);
-        connection->region = queue_pair->domain()->register_memory(connection->window, Access::kRemoteWrite);
-        ChannelOptions channel_options;
-        channel_options.side = Side::kServer;
-        connection->channel = std::make_unique<Channel>(std::move(queue_pair), channel_options);
-        connection->channel->start(*connection->region, 0, options_.window_bytes);
-        connections.push_back(std::move(connection));
-        ++connections_;
+        try {
+          connections.push_back(welcome(std::move(queue_pair)));
+          ++connections_;
+        } catch (const Error&) {
+          continue;  // the client has given up already
+        }
       }
       std::erase_if(connections, [this](const auto& connection) {
         try {
@@ -105,6 +102,17 @@ class RdmaServer {
       });
       std::this_thread::sleep_for(std::chrono::microseconds(200));
     }
+  }
+
+  std::unique_ptr<Connection> welcome(std::unique_ptr<QueuePair> queue_pair) const {
+    auto connection = std::make_unique<Connection>();
+    connection->window.resize(options_.window_bytes);
+    connection->region = queue_pair->domain()->register_memory(connection->window, Access::kRemoteWrite);
+    ChannelOptions channel_options;
+    channel_options.side = Side::kServer;
+    connection->channel = std::make_unique<Channel>(std::move(queue_pair), channel_options);
+    connection->channel->start(*connection->region, 0, options_.window_bytes);
+    return connection;
   }
 
   void turn(Connection& connection) {
