@@ -36,6 +36,7 @@ PYTHON_ORDER = [
         "threads",
         "generations",
         "file_manifest",
+        "disk_cache",
         "reader",
         "report",
         "selection",

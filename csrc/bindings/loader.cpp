@@ -6,6 +6,7 @@
 #include <variant>
 
 #include "bindings/device_destination.h"
+#include "bindings/crcs.h"
 #include "bindings/dlpack.h"
 #include "bindings/register.h"
 #include "loader/load.h"
@@ -57,18 +58,6 @@ class LoadOperation {
   const pid_t maker_ = getpid();
   std::unique_ptr<Load> load_;
 };
-
-std::vector<uint32_t> crcs_from_bytes(const py::buffer& buffer) {
-  const py::buffer_info info = buffer.request();
-  const auto bytes = static_cast<size_t>(info.size * info.itemsize);
-  if (bytes % 4 != 0) throw Error(ErrorCode::kFormat, "checksums take four bytes each");
-  std::vector<uint32_t> crcs(bytes / 4);
-  const auto* raw = static_cast<const unsigned char*>(info.ptr);
-  for (size_t i = 0; i < crcs.size(); ++i) {
-    crcs[i] = raw[4 * i] | raw[4 * i + 1] << 8 | raw[4 * i + 2] << 16 | uint32_t{raw[4 * i + 3]} << 24;
-  }
-  return crcs;
-}
 
 std::shared_ptr<StoreLayout> make_layout(
     const std::vector<std::tuple<std::string, uint64_t, uint64_t>>& files, uint64_t chunk_bytes,
@@ -237,6 +226,7 @@ void register_loader(py::module_& module) {
         result["verified_bytes"] = counters.verified_bytes;
         result["unverified_bytes"] = counters.unverified_bytes;
         result["copied_bytes"] = counters.copied_bytes;
+        result["cached_bytes"] = counters.cached_bytes;
         result["retries"] = counters.retries;
         result["checksum_seconds"] = Seconds(counters.checksum_time).count();
         result["seconds"] = Seconds(counters.elapsed).count();

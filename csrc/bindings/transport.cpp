@@ -5,9 +5,11 @@
 #include <algorithm>
 #include <optional>
 
+#include "bindings/crcs.h"
 #include "bindings/errors.h"
 #include "bindings/python_transport.h"
 #include "bindings/register.h"
+#include "transport/cache/caching_transport.h"
 #include "transport/file_transport.h"
 #include "transport/http/http_transport.h"
 #include "transport/rdma/rdma_transport.h"
@@ -146,6 +148,30 @@ std::shared_ptr<http::HttpTransport> make_http(py::function addresses, int conne
        Seconds(inactivity_timeout), Seconds(stall_timeout), std::move(tls), std::move(name)}));
 }
 
+// `entries` has a name and a description per file of the store: (object, bytes, first block, name,
+// description).
+std::shared_ptr<CachingTransport> make_caching(
+    std::shared_ptr<Transport> source, std::string directory, std::optional<uint64_t> limit_bytes,
+    uint64_t block_bytes, bool object_per_block,
+    const std::vector<std::tuple<std::string, uint64_t, uint64_t, std::string, std::string>>& entries,
+    const py::buffer& crcs, int threads, const std::string& io, double patience) {
+  CacheOptions options;
+  options.directory = std::move(directory);
+  options.limit_bytes = limit_bytes;
+  options.block_bytes = block_bytes;
+  options.object_per_block = object_per_block;
+  options.files.reserve(entries.size());
+  for (const auto& [object, bytes, first_block, name, description] : entries) {
+    options.files.push_back({object, bytes, first_block, {name, description, bytes, block_bytes}});
+  }
+  options.crcs = crcs_from_bytes(crcs);
+  options.reading.threads = threads;
+  options.reading.direct_reads = std::max(options.reading.direct_reads, threads);
+  options.reading.io = parse_file_io(io);
+  options.patience = std::chrono::duration<double>(patience);
+  return released_on_delete(new CachingTransport(std::move(source), std::move(options)));
+}
+
 }  // namespace
 
 void register_transport(py::module_& module) {
@@ -200,6 +226,11 @@ void register_transport(py::module_& module) {
       .def(py::init(&make_http), py::arg("addresses"), py::kw_only(), py::arg("connections") = 8,
            py::arg("connect_timeout") = 10.0, py::arg("inactivity_timeout") = 30.0,
            py::arg("stall_timeout") = 2.0, py::arg("tls") = py::none(), py::arg("name") = "http");
+
+  py::class_<CachingTransport, Transport, std::shared_ptr<CachingTransport>>(module, "CachingTransport")
+      .def(py::init(&make_caching), py::arg("source"), py::kw_only(), py::arg("directory"),
+           py::arg("limit_bytes"), py::arg("block_bytes"), py::arg("object_per_block"), py::arg("entries"),
+           py::arg("crcs"), py::arg("threads"), py::arg("io") = "auto", py::arg("patience") = 30.0);
 
   py::class_<PythonTransport, Transport, std::shared_ptr<PythonTransport>>(module, "PythonTransport")
       .def(py::init([](py::function reader, int threads) {

@@ -129,6 +129,7 @@ void Load::prepare(Slot& slot, const PlannedRead& planned) {
   slot.reissues = 0;
   slot.submitted = Clock::now();
   slot.times = {};
+  slot.cached_bytes = 0;
 }
 
 // What a finished attempt amounts to: the transport's status, or a checksum that does not fit.
@@ -169,6 +170,7 @@ void Load::complete(Read& read, const Status& transport_status) noexcept {
       if (status.ok()) {
         read_done_[static_cast<size_t>(slot.planned - plan_->reads.data())] = true;
         counters_.done_bytes += slot.length;
+        counters_.cached_bytes += slot.cached_bytes;
         (slot.checksum ? counters_.verified_bytes : counters_.unverified_bytes) += slot.length;
         last_progress_ = Clock::now();
       } else {

@@ -54,6 +54,7 @@ struct LoadCounters {
   uint64_t verified_bytes = 0;
   uint64_t unverified_bytes = 0;
   uint64_t copied_bytes = 0;
+  uint64_t cached_bytes = 0;
   uint64_t retries = 0;
   std::chrono::nanoseconds checksum_time{0};  // summed over threads
   std::chrono::nanoseconds elapsed{0};

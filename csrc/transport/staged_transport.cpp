@@ -348,6 +348,7 @@ void StagedTransport::finish(Slot& slot, Status status) noexcept {
   Read& outer = *slot.outer;
   outer.crc = slot.crc;
   outer.copied_bytes = slot.copied_bytes;
+  outer.cached_bytes = slot.cached_bytes;
   outer.checksum_time = slot.checksum_time;
   outer.times = slot.times;
   slot.trace.copied = Clock::now() - begin_;

@@ -62,7 +62,8 @@ struct Read {
   std::chrono::nanoseconds checksum_time{0};
   std::chrono::milliseconds retry_after{0};  // the server asked not to be asked again before
   ReadTimes times;
-  uint32_t reissues = 0;  // times that a stalled connection was given up within this attempt
+  uint64_t cached_bytes = 0;  // read from this machine's disk in place of the store
+  uint32_t reissues = 0;      // times that a stalled connection was given up within this attempt
 };
 
 class ReadOwner {

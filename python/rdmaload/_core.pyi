@@ -115,6 +115,22 @@ class HttpTransport(Transport):
         name: str = "http",
     ) -> None: ...
 
+class CachingTransport(Transport):
+    def __init__(
+        self,
+        source: Transport,
+        *,
+        directory: str,
+        limit_bytes: int | None,
+        block_bytes: int,
+        object_per_block: bool,
+        entries: Sequence[tuple[str, int, int, str, str]],
+        crcs: Buffer,
+        threads: int,
+        io: str = "auto",
+        patience: float = 30.0,
+    ) -> None: ...
+
 class PythonTransport(Transport):
     def __init__(self, reader: Callable[[str, int, memoryview], int], threads: int) -> None: ...
 
@@ -256,6 +272,7 @@ class _Counters(TypedDict):
     verified_bytes: int
     unverified_bytes: int
     copied_bytes: int
+    cached_bytes: int
     retries: int
     checksum_seconds: float
     seconds: float

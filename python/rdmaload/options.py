@@ -249,6 +249,10 @@ class Options:
     """JSON object (a mapping in Python) of what obstore, for gs:// and az://, or fsspec takes beside the url."""
     verify_tls: bool = _option(_flag, True)
     """True verifies the certificate of a TLS server; False accepts any, and is logged."""
+    cache_dir: str | None = _option(_text, None)
+    """Directory on this machine's disk that keeps what was read, for every process; None = nothing is kept."""
+    cache_bytes: int | None = _option(_size(), None)
+    """Bytes of all files in `cache_dir` together; None = what leaves a tenth of its file system free."""
 
     def __post_init__(self) -> None:
         for option in fields(self):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from rdmaload import _core
 from rdmaload.connectors.connector import Connector, FileConnector, KeyValueConnector
+from rdmaload.disk_cache import cache_entries
 from rdmaload.errors import (
     IntegrityError,
     LoadTimeoutError,
@@ -45,6 +46,8 @@ Tick = Callable[[int], None]
 
 _TICK_SECONDS = 0.1
 _READ_BYTES = 8 * 2**20  # the longest read of a store without chunks
+# Twice what is read ahead without a cache: half of it is on its way to the disk, where no connection works on it.
+_CACHED_QUEUE_BYTES = 128 * 2**20
 
 
 @dataclass
@@ -103,9 +106,17 @@ class StoreReader:
         else:
             files = [(file.path, file.size, file.first_chunk) for file in index.files]
         chunked = isinstance(connector, KeyValueConnector) and not self._values
+        self._cached: list[tuple[str, str]] = []  # per file; empty: there is no cache
+        self._not_cached = ""
+        if options.cache_dir is not None:
+            block_bytes = index.chunk_bytes or _READ_BYTES
+            self._cached, self._not_cached = cache_entries(connector, index, generation, block_bytes)
         self.read_bytes = self._longest_read(index)
         """No read is longer than this."""
-        self._layout = _core.StoreLayout(files, index.chunk_bytes or 0, chunked, index.crcs)
+        # What is kept on disk is kept in blocks, whether the store knows them or not.
+        self._block_bytes = index.chunk_bytes or (_READ_BYTES if self._cached else 0)
+        self._files, self._chunked, self._crcs = files, chunked, index.crcs
+        self._layout = _core.StoreLayout(files, self._block_bytes, chunked, index.crcs)
         self.timeline: Timeline | None = None
         """Gets the times of every read, where there is one."""
         self._paths = [file.path for file in index.files]
@@ -149,8 +160,24 @@ class StoreReader:
                 if native is None:
                     native = self._python_transport()
                 assert isinstance(native, _core.Transport)
-                self._transport = native
+                self._transport = self._with_cache(native) if self._cached else native
             return self._transport
+
+    def _with_cache(self, source: _core.Transport) -> _core.Transport:
+        options = self._connector.options
+        assert options.cache_dir is not None
+        return _core.CachingTransport(
+            source,
+            directory=os.path.abspath(os.path.expanduser(options.cache_dir)),
+            limit_bytes=options.cache_bytes,
+            block_bytes=self._block_bytes,
+            object_per_block=self._chunked,
+            entries=[(*file, *entry) for file, entry in zip(self._files, self._cached, strict=True)],
+            crcs=self._crcs,
+            threads=options.threads,
+            io=options.file_io,
+            patience=options.inactivity_timeout,
+        )
 
     def _closed_error(self) -> UnavailableError:
         return UnavailableError(f"{self._connector.url} is closed: open it again", url=self._connector.url)
@@ -191,7 +218,7 @@ class StoreReader:
         if self._values:
             return _core.PlanLimits(whole_chunks=False, read_bytes=self.read_bytes)
         # A connector written in Python reads values whole.
-        whole = self._verify or self.transport().path == "python"
+        whole = self._verify or bool(self._cached) or self.transport().path == "python"
         return _core.PlanLimits(whole_chunks=whole, read_bytes=_READ_BYTES)
 
     def plan(
@@ -227,7 +254,7 @@ class StoreReader:
             max_integrity_attempts=options.max_integrity_attempts,
             retry_timeout=options.retry_timeout,
             timeout=timeout,
-            queued_bytes=None if road is None else road.queued_bytes,
+            queued_bytes=(_CACHED_QUEUE_BYTES if self._cached else None) if road is None else road.queued_bytes,
             trace=self.timeline is not None,
         )
         with self._lock:
@@ -349,13 +376,15 @@ class StoreReader:
             way = batch.road or transport
             stats.path = way.path
             stats.connections = transport.connections
-            self._note_fallback(way.fallback_reason or self._connector.fallback_reason, stats)
+            reasons = [way.fallback_reason or self._connector.fallback_reason, self._not_cached]
+            self._note_fallback("; ".join(reason for reason in reasons if reason), stats)
             self._note_way(transport.description)
         stats.generation = self._generation
         stats.retries += counters["retries"]
         stats.verified_bytes += counters["verified_bytes"]
         stats.unverified_bytes += counters["unverified_bytes"]
         stats.copied_bytes += counters["copied_bytes"]
+        stats.cached_bytes += counters["cached_bytes"]
         stats.read_bytes += batch.plan.read_bytes
         for stage, seconds in (("read", counters["seconds"]), ("checksum", counters["checksum_seconds"])):
             stats.stages[stage] = stats.stages.get(stage, 0.0) + seconds
@@ -367,7 +396,11 @@ class StoreReader:
         if reason != self._logged_fallback:
             self._logged_fallback = reason
             # What was not asked for is a choice rather than a loss.
-            asked_for = isinstance(self._connector, KeyValueConnector) or self._connector.options.file_io != "auto"
+            asked_for = (
+                isinstance(self._connector, KeyValueConnector)
+                or self._connector.options.file_io != "auto"
+                or "cache_dir: " in reason
+            )
             level = logging.WARNING if asked_for else logging.INFO
             _log.log(level, "%s: %s", self._connector.url, reason)
 

@@ -46,6 +46,8 @@ class LoadStats:
     read_bytes: int = 0
     """Bytes asked of the store; more than `bytes` when chunks hold tensors that nobody selected."""
     generation: str | None = None
+    cached_bytes: int = 0
+    """The part of `read_bytes` that came from `cache_dir` and not from the store."""
 
     @property
     def gb_per_s(self) -> float:
@@ -68,6 +70,7 @@ class LoadStats:
             "copied_bytes": self.copied_bytes,
             "read_bytes": self.read_bytes,
             "generation": self.generation,
+            "cached_bytes": self.cached_bytes,
         }
 
 

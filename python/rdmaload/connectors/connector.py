@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, ClassVar
+from urllib.parse import urlencode
 
 from rdmaload.errors import FormatError, NotFoundError, NotSupportedError, UnavailableError
 from rdmaload.options import Options
-from rdmaload.urls import Url
+from rdmaload.urls import Url, is_secret_option, redact
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +93,19 @@ class Connector(ABC):  # noqa: B024  (its two subclasses have the abstract metho
     def close(self) -> None:
         """Give connections back. Idempotent; a subclass that holds something extends it."""
         self._closed = True
+
+    def cache_identity(self) -> str:
+        """What the store and the model are called in `cache_dir`: without secrets, and without what changes no byte.
+
+        A connector whose url says more about which bytes are meant than place, model and `url_options` extends it.
+        """
+        url = self.location
+        place = f"{url.scheme}://{url.host or ''}{'' if url.port is None else f':{url.port}'}{url.path}"
+        chosen = {name: url.query[name] for name in sorted(self.url_options & url.query.keys())}
+        chosen = {name: value for name, value in chosen.items() if not is_secret_option(name)}
+        chosen |= {"db": str(self.options.db)} if self.options.db else {}
+        chosen |= {"endpoint_url": redact(self.options.endpoint_url)} if self.options.endpoint_url else {}
+        return f"{place}/{url.model}{'?' if chosen else ''}{urlencode(chosen)}"
 
     def native_transport(self) -> object | None:
         """A new native transport that reads this store without Python; None when there is none."""
