@@ -4,6 +4,10 @@ The store is nginx on loopback, which answers ranges faster than any of the clie
 form of S3. rdmaload loads a model without checksums (as another tool uploaded it) and, beside it, one that it saved
 itself, whose every chunk it verifies. Targets: ahead of the best client in speed and in CPU per GB (goal: twice), and
 at least 0.9 of the ceiling.
+
+With `--delay 0.02` the server answers each request 20 ms late: nginx asks another server first, which waits, so that
+the bytes themselves take no detour. `--our-range-bytes 1e6 ...` compares range sizes of rdmaload. `curl`, which can
+only discard what it gets, writes no memory and is a ceiling of another kind.
 """
 
 from __future__ import annotations
@@ -28,7 +32,9 @@ from benchmarks import checkpoints, paired
 
 SOURCE = Path(__file__).with_name("s3_ceiling.cpp")
 PEER = Path(__file__).with_name("s3_peer.py")
-PACKAGES = ["boto3", "obstore", "s3torchconnector", "runai-model-streamer", "runai-model-streamer-s3"]
+DELAY = Path(__file__).with_name("slow_answers.py")
+PACKAGES = ["boto3", "awscrt", "obstore", "s3torchconnector", "runai-model-streamer", "runai-model-streamer-s3"]
+CLIENTS = ["boto3", "crt", "obstore", "s3torchconnector", "runai"]
 
 _CONFIG = """
 daemon off;
@@ -46,9 +52,19 @@ http {{
   client_body_temp_path {directory}/tmp;
   proxy_temp_path {directory}/tmp; fastcgi_temp_path {directory}/tmp; uwsgi_temp_path {directory}/tmp;
   scgi_temp_path {directory}/tmp;
+  upstream slow {{ server 127.0.0.1:{delay_port}; keepalive 256; }}
   server {{
     listen 127.0.0.1:{port} reuseport;
     root {directory}/root;
+    {delay}
+    location = /slow {{
+      internal;
+      auth_request off;
+      proxy_pass http://slow;
+      proxy_http_version 1.1;
+      proxy_set_header Connection "";
+      proxy_pass_request_headers off;
+    }}
     location ~ ^/bucket/?$ {{
       types {{ }}
       default_type application/xml;
@@ -68,7 +84,7 @@ def file_etag(path: Path) -> str:
 class Nginx:
     """nginx with the files of some directories as objects `bucket/NAME/...` and a listing of each."""
 
-    def __init__(self, directory: Path, models: dict[str, Path]) -> None:
+    def __init__(self, directory: Path, models: dict[str, Path], delay: float = 0.0) -> None:
         self.directory = directory
         (directory / "root" / "bucket").mkdir(parents=True)
         (directory / "tmp").mkdir()
@@ -87,7 +103,21 @@ class Nginx:
             self.port = int(held.getsockname()[1])
         self.endpoint = f"http://127.0.0.1:{self.port}"
         config = directory / "nginx.conf"
-        config.write_text(_CONFIG.format(directory=directory, port=self.port, sendfile_max_chunk="2m"))
+        self._slow: subprocess.Popen[str] | None = None
+        delay_port = 9
+        if delay:
+            self._slow = subprocess.Popen([sys.executable, DELAY, str(delay)], stdout=subprocess.PIPE, text=True)
+            assert self._slow.stdout is not None
+            delay_port = int(self._slow.stdout.readline())
+        config.write_text(
+            _CONFIG.format(
+                directory=directory,
+                port=self.port,
+                sendfile_max_chunk="2m",
+                delay_port=delay_port,
+                delay="auth_request /slow;" if delay else "",
+            )
+        )
         program = shutil.which("nginx") or "/usr/sbin/nginx"
         self._process = subprocess.Popen([program, "-c", str(config), "-e", str(directory / "error.log")])
 
@@ -108,8 +138,10 @@ class Nginx:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._process.terminate()
-        self._process.wait()
+        for process in (self._process, self._slow):
+            if process is not None:
+                process.terminate()
+                process.wait()
 
 
 def url_of(server: Nginx, model: str) -> str:
@@ -184,20 +216,42 @@ def prepared(arguments: argparse.Namespace) -> Iterator[tuple[Path, checkpoints.
         os.chmod(directory, 0o755)  # nginx's workers are another user when started as root
         checkpoint = checkpoints.llama_like(directory / "plain", arguments.bytes)
         save_with_manifest(checkpoint.directory, directory / "saved")
-        with Nginx(directory, {"plain": checkpoint.directory, "saved": directory / "saved"}) as server:
+        models = {"plain": checkpoint.directory, "saved": directory / "saved"}
+        with Nginx(directory, models, arguments.delay) as server:
             yield directory, checkpoint, server
 
 
-def ours(url: str, options: dict[str, Any]) -> paired.Measured:
+def ours(url: str, options: dict[str, Any], range_bytes: int | None = None) -> paired.Measured:
     """A load of a model that is open already, as the clients of the others are made already."""
     import rdmaload
+    from rdmaload import reader
 
+    if range_bytes is not None:  # no option: what a sweep found best is right for every store
+        reader._READ_BYTES = range_bytes
     with rdmaload.open(url, **options) as model:
         cpu, start = cpu_seconds(), time.perf_counter()
         state = model.load()
         found = paired.Measured(time.perf_counter() - start, cpu_seconds() - cpu)
         del state
     return found
+
+
+def curl(server: Nginx, files: Sequence[Path], connections: int, range_bytes: int) -> paired.Measured:
+    """curl's parallel transfers of ranges, to nowhere."""
+    lines = []
+    for path in files:
+        size = path.stat().st_size
+        for at in range(0, size, range_bytes):
+            lines.append(
+                f'url = "{server.endpoint}/bucket/plain/{path.name}"\noutput = /dev/null\n'
+                f"range = {at}-{min(size, at + range_bytes) - 1}\nfail"
+            )
+    command = ["curl", "-s", "-Z", "--parallel-max", str(connections), "-K", "-"]
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, input="\nnext\n".join(lines), text=True, check=True, stderr=subprocess.DEVNULL)
+    seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+    return paired.Measured(seconds, cpu)
 
 
 def check_ours(url: str, options: dict[str, Any], checkpoint: checkpoints.Checkpoint, _: object) -> None:
@@ -228,13 +282,15 @@ def main() -> None:
     paired.add_arguments(parser)
     parser.add_argument("--connections", type=int, nargs="+", default=[2, 4], help="of the ceiling")
     parser.add_argument("--our-connections", type=int, help="default: rdmaload's")
+    parser.add_argument("--our-range-bytes", type=float, nargs="+", default=[], help="compared with rdmaload's own")
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds that each request waits for its answer")
     parser.add_argument("--range-bytes", type=int, default=8 << 20, help="of the ceiling")
-    parser.add_argument("--against", nargs="*", help="ceiling, boto3, obstore, s3torchconnector, runai; default: all")
+    parser.add_argument("--against", nargs="*", help=f"ceiling, curl, {', '.join(CLIENTS)}; default: all")
     parser.add_argument("--peers", type=Path, help="directory of the other clients' environment, made when missing")
     arguments = parser.parse_args()
-    wanted = set(arguments.against or ["ceiling", "boto3", "obstore", "s3torchconnector", "runai"])
+    wanted = set(["ceiling", "curl", *CLIENTS] if arguments.against is None else arguments.against)
     python = None
-    if wanted - {"ceiling"}:
+    if wanted - {"ceiling", "curl"}:
         python = install_peers(arguments.peers or Path(tempfile.gettempdir()) / "rdmaload-s3-peers")
     paired.import_everything()
     import boto3  # noqa: F401  (no run pays for it)
@@ -267,7 +323,7 @@ def main() -> None:
             name = f"ceiling, {connections} connections"
             ceilings.append(paired.Way(name, run, check=functools.partial(check_command, command)))
         peers = []
-        for name in ("boto3", "obstore", "s3torchconnector", "runai"):
+        for name in CLIENTS:
             if name not in wanted:
                 continue
             command = [python, PEER, name, server.endpoint, "bucket"]
@@ -275,17 +331,26 @@ def main() -> None:
             peers.append(
                 paired.Way(name, run, check=None if name == "runai" else functools.partial(check_command, command))
             )
+        if "curl" in wanted:
+            for connections in arguments.connections:
+                run = functools.partial(curl, server, files, connections, arguments.range_bytes)
+                ceilings.append(paired.Way(f"curl, {connections} at once, discarded", run))
+        for size in map(int, arguments.our_range_bytes):
+            run = functools.partial(ours, url_of(server, "plain"), options, size)
+            peers.append(paired.Way(f"rdmaload, {size} B", run))
         result = {
             "plain": paired.compare(
                 own, [*ceilings, *peers], checkpoint.bytes, arguments.pairs, cold_memory=arguments.cold_memory
             )
         }
-        if ceilings:
+        if "ceiling" in wanted:
             result["verified"] = paired.compare(
                 verified, ceilings, checkpoint.bytes, arguments.pairs, cold_memory=arguments.cold_memory
             )
         opening = {model: round(seconds_to_open(url_of(server, model)), 4) for model in ("plain", "saved")}
-        paired.report("s3", {"settings": options, "seconds_to_open": opening, **result}, arguments.json)
+        paired.report(
+            "s3", {"settings": options, "delay": arguments.delay, "seconds_to_open": opening, **result}, arguments.json
+        )
 
 
 if __name__ == "__main__":

@@ -59,6 +59,47 @@ def boto3(endpoint: str, bucket: str, objects: Objects) -> Callable[[], list[mem
     return load
 
 
+def crt(endpoint: str, bucket: str, objects: Objects) -> Callable[[], list[memoryview]]:
+    """The client in C that boto3's transfers take where awscrt is installed, copied to its place from its callback.
+
+    s3transfer's own way around it can only write files, or go through a queue of Python; this is the faster use.
+    """
+    from awscrt import http, io, s3
+
+    bootstrap = io.ClientBootstrap(io.EventLoopGroup(2), io.DefaultHostResolver(io.EventLoopGroup(1)))
+    client = s3.S3Client(
+        bootstrap=bootstrap,
+        region="us-east-1",
+        tls_mode=s3.S3RequestTlsMode.DISABLED,
+        part_size=8 * 2**20,
+        throughput_target_gbps=100.0,
+    )
+    host = endpoint.removeprefix("http://")
+
+    def load() -> list[memoryview]:
+        views = [memory(size) for _, size in objects]
+
+        def into(view: memoryview) -> Callable[..., None]:
+            def on_body(chunk: bytes, offset: int, **_: object) -> None:
+                view[offset : offset + len(chunk)] = chunk
+
+            return on_body
+
+        running = [
+            client.make_request(
+                type=s3.S3RequestType.GET_OBJECT,
+                request=http.HttpRequest("GET", f"/{bucket}/{key}", http.HttpHeaders([("host", host)])),
+                on_body=into(view),
+            )
+            for (key, _), view in zip(objects, views, strict=True)
+        ]
+        for request in running:
+            request.finished_future.result()
+        return views
+
+    return load
+
+
 def obstore(endpoint: str, bucket: str, objects: Objects) -> Callable[[], list[memoryview]]:
     """get_range on four threads, copied into one piece of memory per object."""
     import obstore as library
@@ -95,7 +136,9 @@ def s3torchconnector(endpoint: str, bucket: str, objects: Objects) -> Callable[[
     from s3torchconnector._s3client import S3Client, S3ClientConfig
     from s3torchconnector.s3reader import S3ReaderConstructor
 
-    client = S3Client("us-east-1", endpoint, s3client_config=S3ClientConfig(unsigned=True, force_path_style=True))
+    client = S3Client(
+        "us-east-1", endpoint=endpoint, s3client_config=S3ClientConfig(unsigned=True, force_path_style=True)
+    )
     constructor = S3ReaderConstructor.range_based()
 
     def load() -> list[memoryview]:
@@ -141,7 +184,7 @@ def runai(endpoint: str, bucket: str, objects: Objects) -> Callable[[], list[mem
     return load
 
 
-CLIENTS = {"boto3": boto3, "obstore": obstore, "s3torchconnector": s3torchconnector, "runai": runai}
+CLIENTS = {"boto3": boto3, "crt": crt, "obstore": obstore, "s3torchconnector": s3torchconnector, "runai": runai}
 
 
 def cpu_seconds() -> float:
