@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from rdmaload import sglang_layout
 from rdmaload.connectors import KeyValueConnector, connector_for
 from rdmaload.connectors.connector import MODELS_KEY
+from rdmaload.connectors.objects import ObjectConnector
 from rdmaload.connectors.registry import connector_class
 from rdmaload.errors import FormatError, IntegrityError, NotFoundError, NotSupportedError
 from rdmaload.index import Index, index_key
 from rdmaload.journal import SaveKeys, delete_keys, parse_time
 from rdmaload.manifest import GENERATION_PATTERN, Manifest, manifest_key, utc_now
+from rdmaload.object_removal import prune_objects, remove_objects
 from rdmaload.options import Options
 from rdmaload.publish import superseded_key
 from rdmaload.sources import read_index, read_manifest
@@ -80,14 +82,19 @@ def prune(
     it before; one of which nobody knows when it was replaced counts from the first prune that sees
     it. A save is dead when it gave no sign of life for `grace` seconds (at least two minutes).
     `force` does not wait: replaced generations go at once, saves after two minutes. The published
-    generation and live saves always stay.
+    generation and live saves always stay. Where files lie beside their manifest in an object
+    store, that means indexes that no manifest names, notes and parts of saves, and uploads that
+    nobody ended.
 
     Raises IntegrityError or FormatError when the manifest is damaged: then nobody knows what is
     published, and nothing is removed.
     """
     if not grace >= 0:
         raise ValueError(f"grace={grace} is not seconds")
-    with _key_value(url, options, opts) as connector:
+    with _opened(url, options, opts) as connector:
+        if isinstance(connector, ObjectConnector):
+            removed = prune_objects(connector, grace=0.0 if force else grace)
+            return PruneStats(removed.generations, removed.saves, removed.keys, removed.waiting)
         return _Pruner(connector, force, grace).run()
 
 
@@ -95,9 +102,13 @@ def remove(url: str | os.PathLike[str], *, options: Options | None = None, **opt
     """Remove a model with everything that saves left of it; the number of keys.
 
     The manifest goes first, so that nobody starts to read what disappears. A save that is under way
-    fails. A model in SGLang's layout is removed with its files. Raises NotFoundError when there is nothing.
+    fails. A model in SGLang's layout is removed with its files. In an object store the files that the manifest names
+    go with it; what was put there without a manifest stays, and is NotSupportedError. Raises NotFoundError when there
+    is nothing.
     """
-    with _key_value(url, options, opts) as connector:
+    with _opened(url, options, opts) as connector:
+        if isinstance(connector, ObjectConnector):
+            return remove_objects(connector)
         model = connector.model
         keys = connector.delete(manifest_key(model))
         connector.members_remove(MODELS_KEY, model)
@@ -184,9 +195,11 @@ def _is_model(connector: KeyValueConnector, name: str) -> bool:
         return False
 
 
-def _key_value(url: str | os.PathLike[str], options: Options | None, opts: dict[str, object]) -> KeyValueConnector:
+def _opened(
+    url: str | os.PathLike[str], options: Options | None, opts: dict[str, object]
+) -> KeyValueConnector | ObjectConnector:
     connector = connector_for(url, options, **opts)
-    if isinstance(connector, KeyValueConnector):
+    if isinstance(connector, (KeyValueConnector, ObjectConnector)):
         return connector
     connector.close()
     raise NotSupportedError(

@@ -146,7 +146,13 @@ def save(
                     stats = attempt.run()
             elif isinstance(connector, ObjectConnector):
                 stats = save_objects(
-                    connector, model, rank=rank, overwrite=overwrite, writer=_writer(), tick=watch.tick
+                    connector,
+                    model,
+                    rank=rank,
+                    save_id=save_id,
+                    overwrite=overwrite,
+                    writer=_writer(),
+                    tick=watch.tick,
                 )
             elif isinstance(connector, FileConnector):
                 _check_places(source, connector)

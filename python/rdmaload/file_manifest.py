@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from rdmaload.connectors.connector import FileConnector
 from rdmaload.errors import NotFoundError, NotSupportedError, StaleGenerationError
 from rdmaload.generations import check_digest
 from rdmaload.index import Index, index_of_files
 from rdmaload.manifest import Manifest
 
-__all__ = ["FILE_MANIFEST", "file_index_path", "resolve_files"]
+__all__ = ["FILE_MANIFEST", "file_index_path", "part_path", "resolve_files"]
 
 FILE_MANIFEST = ".rdmaload/manifest"
 """Where the manifest lies beside the files of an object store."""
@@ -17,6 +19,11 @@ FILE_MANIFEST = ".rdmaload/manifest"
 def file_index_path(generation: str) -> str:
     """Where the index of a generation lies beside the files of an object store."""
     return f".rdmaload/{generation}/index"
+
+
+def part_path(save_id: str, rank: int) -> str:
+    """Where a rank of a sharded save says what it has written; all of them together become the manifest."""
+    return f".rdmaload/parts/{hashlib.sha256(save_id.encode()).hexdigest()[:32]}/{rank}"
 
 
 def resolve_files(connector: FileConnector) -> tuple[Manifest | None, Index]:

@@ -13,14 +13,17 @@ import logging
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from rdmaload._core import crc32c
 from rdmaload.connectors.objects import ObjectConnector, Upload
 from rdmaload.errors import IntegrityError, NotFoundError
-from rdmaload.file_manifest import FILE_MANIFEST, file_index_path
+from rdmaload.file_manifest import FILE_MANIFEST, file_index_path, part_path
 from rdmaload.files_save import existing_files, is_ours_to_remove, refuse_existing, save_phase
 from rdmaload.index import Index, IndexFile
+from rdmaload.journal import decode_part, encode_part
 from rdmaload.manifest import Manifest
+from rdmaload.publish import manifest_of, merge_parts
 from rdmaload.sources import Source, SourceModel
 from rdmaload.stats import SaveStats
 from rdmaload.threads import run_in_threads
@@ -41,23 +44,28 @@ def save_objects(
     model: SourceModel,
     *,
     rank: int | None,
+    save_id: str | None,
     overwrite: bool,
     writer: str,
     tick: Callable[[int, int], None],
 ) -> SaveStats:
     """Write the files of `model`, then the manifest, then remove weight files of an older model.
 
-    Of a sharded model each rank writes its own weight files, and no manifest: the ranks would have to wait for each
-    other. One of an older model is removed, as it would say that these files are damaged.
+    Of a sharded model each rank writes its own weight files and a part of the index; whoever sees all parts writes
+    the manifest, the same one whoever that is. One of an older model is removed at the start, as it would say that
+    these files are damaged.
     """
     paths = {source.path for source in model.files}
     existing = existing_files(connector)
     if not overwrite:
         refuse_existing(connector, existing, paths, rank)
-    with_manifest = rank is None
     before = connector.read_small(FILE_MANIFEST)
-    if not with_manifest and before is not None:
-        connector.delete(FILE_MANIFEST)
+    part = None if rank is None else part_path(save_id or "", rank)
+    if part is not None:
+        connector.delete(part)  # of an attempt that this one repeats: nobody may publish from it any more
+        if before is not None:
+            connector.delete(FILE_MANIFEST)
+            _remove_index_of(connector, before)
     chunk_bytes = connector.options.chunk_bytes or DEFAULT_OBJECT_CHUNK_BYTES
     sources = [source for source in model.files if not (rank and source.header is None and source.path in existing)]
     notes = _Notes(connector, chunk_bytes)
@@ -65,15 +73,21 @@ def save_objects(
     for phase in range(3):
         uploads.write([source for source in sources if save_phase(source) == phase])
     model.check_unchanged()
-    stats = SaveStats(
-        published=True,
-        connections=connector.options.threads,
-        skipped_bytes=uploads.skipped_bytes,
-    )
-    if with_manifest:
-        stats.generation = _publish(connector, model, uploads.index(sources), writer)
+    stats = SaveStats(connections=connector.options.threads, skipped_bytes=uploads.skipped_bytes)
+    if part is None:
+        index = uploads.index(sources)
+        generation = secrets.token_hex(16)
+        manifest = _manifest_of(model, index, generation, writer)
+        stats.generation = _publish(connector, manifest, index)
+    else:
+        # Ranks number their files apart.
+        index = uploads.index(sources, first=rank or 0, step=model.world_size)
+        manifest = _manifest_of(model, index, "0" * 32, writer)
+        connector.put(part, encode_part(manifest, index.encode()))
+        stats.generation = _publish_parts(connector, save_id or "", model.world_size)
+    stats.published = stats.generation is not None
     notes.remove()
-    if before is not None and with_manifest:
+    if before is not None and part is None:
         _remove_index_of(connector, before)
     for path in sorted(existing - paths):
         if is_ours_to_remove(path, rank, model.world_size):
@@ -81,11 +95,9 @@ def save_objects(
     return stats
 
 
-def _publish(connector: ObjectConnector, model: SourceModel, index: Index, writer: str) -> str:
-    value = index.encode()
-    generation = secrets.token_hex(16)
-    manifest = Manifest.of(
-        value,
+def _manifest_of(model: SourceModel, index: Index, generation: str, writer: str) -> Manifest:
+    return Manifest.of(
+        index.encode(),
         generation=generation,
         files=len(index.files),
         bytes=index.total_bytes,
@@ -95,9 +107,33 @@ def _publish(connector: ObjectConnector, model: SourceModel, index: Index, write
         layout=model.layout,
         identity=model.identity,
     )
-    connector.put(file_index_path(generation), value)
+
+
+def _publish(connector: ObjectConnector, manifest: Manifest, index: Index) -> str:
+    connector.put(file_index_path(manifest.generation), index.encode())
     connector.put(FILE_MANIFEST, manifest.encode())
-    return generation
+    return manifest.generation
+
+
+def _publish_parts(connector: ObjectConnector, save_id: str, world_size: int) -> str | None:
+    """Write the manifest of a sharded save if every rank has written its part; its generation.
+
+    Ranks that end together all do it, and write the same bytes: the generation is a digest of the parts. They stay
+    until `remove` or `prune`, for a rank that is repeated.
+    """
+    paths = [part_path(save_id, rank) for rank in range(world_size)]
+    values = []
+    for path in paths:
+        value = connector.read_small(path)
+        if value is None:
+            return None
+        values.append(value)
+    generation = hashlib.sha256(b"".join(values)).hexdigest()[:32]
+    parts = [decode_part(value, url=connector.url, key=path) for value, path in zip(values, paths, strict=True)]
+    index, _ = merge_parts(parts, connector.url)
+    like, newest = parts[0][0], max(manifest.created for manifest, _ in parts)
+    manifest = replace(manifest_of(index, index.encode(), generation, like), created=newest)
+    return _publish(connector, manifest, index)
 
 
 def _remove_index_of(connector: ObjectConnector, manifest: bytes) -> None:
@@ -193,15 +229,21 @@ class _Writer:
         self._files_done = 0
         self.skipped_bytes = 0
 
-    def index(self, sources: Sequence[Source]) -> Index:
-        """What is in the store now."""
+    def index(self, sources: Sequence[Source], *, first: int = 0, step: int = 1) -> Index:
+        """What is in the store now; files are numbered from `first` by `step`."""
         files = []
         crcs = []
         for number, source in enumerate(sorted(sources, key=lambda source: source.path)):
             done = self._done[source.path]
             files.append(
                 IndexFile(
-                    source.path, source.size, number, source.rank, source.header, source.tied, etag=done.etag or None
+                    source.path,
+                    source.size,
+                    first + number * step,
+                    source.rank,
+                    source.header,
+                    source.tied,
+                    etag=done.etag or None,
                 )
             )
             crcs.append(bytes(done.crcs))

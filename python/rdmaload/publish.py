@@ -25,7 +25,7 @@ from rdmaload.index import Index, IndexFile, chunk_key, index_key
 from rdmaload.journal import SaveKeys, decode_part, delete_keys
 from rdmaload.manifest import Manifest, generation_manifest_key, manifest_key, utc_now
 
-__all__ = ["Publisher", "manifest_of", "superseded_key"]
+__all__ = ["Publisher", "manifest_of", "merge_parts", "superseded_key"]
 
 _log = logging.getLogger("rdmaload")
 
@@ -90,7 +90,7 @@ class Publisher:
             if value is None:
                 return self._left_to_others()
             parts.append(decode_part(value, url=self._url, key=key))
-        merged, dropped = _merge(parts, self._url)
+        merged, dropped = merge_parts(parts, self._url)
         index, value = self._settle(merged)
         self._check_is_mine(index, mine)
         self.check_present(index)
@@ -260,7 +260,7 @@ def manifest_of(index: Index, value: bytes, generation: str, like: Manifest) -> 
     )
 
 
-def _merge(parts: Sequence[tuple[Manifest, Index]], url: str) -> tuple[Index, list[IndexFile]]:
+def merge_parts(parts: Sequence[tuple[Manifest, Index]], url: str) -> tuple[Index, list[IndexFile]]:
     """One index out of those of ranks 0, 1, ..., and the plain files that a lower rank has too."""
     first, first_index = parts[0]
     kept: dict[str, tuple[int, IndexFile]] = {}

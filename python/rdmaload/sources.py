@@ -12,7 +12,9 @@ import os
 import re
 import threading
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +30,7 @@ from rdmaload.errors import (
     RdmaloadError,
     StaleGenerationError,
 )
+from rdmaload.file_manifest import resolve_files
 from rdmaload.generations import resolve_any
 from rdmaload.index import Index, IndexFile, chunk_key, index_key, index_of_files
 from rdmaload.manifest import Manifest, manifest_key
@@ -278,13 +281,22 @@ def _host_id() -> bytes:
 
 def stored_model(connector: Connector) -> SourceModel:
     """A model in any store. From a key-value store the generation is pinned and every chunk is
-    verified against the source's index; from a file store the files are copied as they are."""
+    verified against the source's index, as from a file store with a manifest; other files are copied
+    as they are."""
     if isinstance(connector, KeyValueConnector):
         return _key_value_model(connector)
     if isinstance(connector, FileConnector):
-        index = index_of_files(connector)
-        tags = {info.path: info.etag for info in connector.list_files()}
-        files: list[Source] = [_StoredFile(connector, file, tags.get(file.path)) for file in index.files]
+        manifest, index = resolve_files(connector)
+        if manifest is not None:
+            model = _PinnedFiles(connector, manifest.generation, index)
+            return SourceModel(
+                [_ChunkedFile(model, file) for file in index.files],
+                kind=manifest.kind,
+                world_size=manifest.world_size,
+                layout=manifest.layout,
+                identity=manifest.identity,
+            )
+        files: list[Source] = [_StoredFile(connector, file, file.etag) for file in index.files]
         kind, world_size = _kind_of(files, connector.url)
         return SourceModel(files, kind, world_size)
     raise TypeError(f"{connector!r} is neither a key-value nor a file connector")
@@ -312,14 +324,13 @@ class _Scratch(threading.local):
     buffer: bytearray = bytearray()
 
 
-class _KeyValueFile(Source):
-    """A file of a key-value model, read by chunks, each verified against the index."""
+class _ChunkedFile(Source):
+    """A file of a model with an index, read by chunks, each verified against it."""
 
-    def __init__(self, model: _PinnedModel, file: IndexFile) -> None:
+    def __init__(self, model: _PinnedModel | _PinnedFiles, file: IndexFile) -> None:
         super().__init__(file.path, file.size, header=file.header, rank=file.rank, tied=file.tied)
         self._model = model
-        self._number = file.number
-        self._first_chunk = file.first_chunk
+        self._file = file
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         chunk_bytes = self._model.chunk_bytes
@@ -330,7 +341,7 @@ class _KeyValueFile(Source):
             length = min(chunk_bytes, self.size - chunk * chunk_bytes)
             part = min(length - skip, total - done)
             if part == length:
-                self._model.read(self._number, chunk, self._first_chunk, buffer[done : done + part])
+                self._model.read(self._file, chunk, buffer[done : done + part])
             else:
                 held = self._held(chunk, length)
                 buffer[done : done + part] = held[skip : skip + part]
@@ -338,20 +349,22 @@ class _KeyValueFile(Source):
         return total
 
     def _held(self, chunk: int, length: int) -> memoryview:
+        if isinstance(self._model, _PinnedFiles):
+            return self._model.held(self._file, chunk)
         scratch = self._model.scratch
-        key = self._model.key(self._number, chunk)
+        key = self._model.key(self._file, chunk)
         if len(scratch.buffer) < length:
             scratch.buffer = bytearray(self._model.chunk_bytes)
             scratch.key = None
         view = memoryview(scratch.buffer)[:length]
         if scratch.key != key:
             scratch.key = None
-            self._model.read(self._number, chunk, self._first_chunk, view)
+            self._model.read(self._file, chunk, view)
             scratch.key = key
         return view
 
     def fingerprint(self) -> str | None:
-        return f"{self._model.generation}:{self._number}"
+        return f"{self._model.generation}:{self._file.number}"
 
 
 class _PinnedModel:
@@ -367,13 +380,13 @@ class _PinnedModel:
         self._crcs = memoryview(index.crcs)
         self._attempts = attempts
 
-    def key(self, number: int, chunk: int) -> str:
-        return chunk_key(self.connector.model, self.generation, number, chunk)
+    def key(self, file: IndexFile, chunk: int) -> str:
+        return chunk_key(self.connector.model, self.generation, file.number, chunk)
 
-    def read(self, number: int, chunk: int, first_chunk: int, buffer: memoryview) -> None:
+    def read(self, file: IndexFile, chunk: int, buffer: memoryview) -> None:
         """Fill `buffer` with a whole chunk; bytes that arrive wrong are asked for again."""
-        key = self.key(number, chunk)
-        at = 4 * (first_chunk + chunk)
+        key = self.key(file, chunk)
+        at = 4 * (file.first_chunk + chunk)
         # None while the server that exports the source computes its checksums: nothing to compare with.
         expected = int.from_bytes(self._crcs[at : at + 4], "little") if self._crcs else None
         for _ in range(max(1, self._attempts)):
@@ -407,6 +420,60 @@ class _PinnedModel:
         )
 
 
+class _PinnedFiles:
+    """One generation of a model whose files lie in a store beside their manifest; the connector is pinned to it."""
+
+    def __init__(self, connector: FileConnector, generation: str, index: Index) -> None:
+        if index.chunk_bytes is None:
+            raise FormatError("the index names no chunk size", url=connector.url)
+        self.generation = generation
+        self.chunk_bytes = index.chunk_bytes
+        self._connector = connector
+        self._index = index
+        # A chunk is as long as several of a key-value store, each of which another thread asks for: they share it,
+        # and the next few are on their way meanwhile. The threads end with this object.
+        self._ahead = connector.options.threads
+        self._pool = ThreadPoolExecutor(self._ahead, thread_name_prefix="rdmaload-copy")
+        self._lock = threading.Lock()
+        self._held: OrderedDict[str, Future[memoryview]] = OrderedDict()  # Guarded by _lock. Used last at the end.
+
+    def held(self, file: IndexFile, chunk: int) -> memoryview:
+        """A whole chunk, verified, in memory that is not written again."""
+        with self._lock:
+            for number in range(chunk, min(chunk + self._ahead, file.chunk_count(self.chunk_bytes))):
+                key = self.key(file, number)
+                if key not in self._held:
+                    self._held[key] = self._pool.submit(self._read_new, file, number)
+                self._held.move_to_end(key)
+            wanted = self._held[self.key(file, chunk)]
+            while len(self._held) > 3 * self._ahead:
+                self._held.popitem(last=False)
+        return wanted.result()
+
+    def _read_new(self, file: IndexFile, chunk: int) -> memoryview:
+        view = memoryview(bytearray(min(self.chunk_bytes, file.size - chunk * self.chunk_bytes)))
+        self.read(file, chunk, view)
+        return view
+
+    def key(self, file: IndexFile, chunk: int) -> str:
+        return f"{file.path} chunk {chunk}"
+
+    def read(self, file: IndexFile, chunk: int, buffer: memoryview) -> None:
+        """Fill `buffer` with a whole chunk; bytes that arrive wrong are asked for again."""
+        expected = self._index.crc(file, chunk)
+        attempts = max(1, self._connector.options.max_integrity_attempts)
+        for _ in range(attempts):
+            count = self._connector.read_into(file.path, chunk * self.chunk_bytes, buffer)
+            if count == len(buffer) and crc32c(buffer) == expected:
+                return
+        raise IntegrityError(
+            f"{self.key(file, chunk)} at {self._connector.url} does not match its checksum after {attempts} reads; "
+            "nothing was published. Save the source anew.",
+            url=self._connector.url,
+            key=file.path,
+        )
+
+
 def read_manifest(connector: KeyValueConnector) -> Manifest | None:
     """The published manifest of the connector's model, or None."""
     key = manifest_key(connector.model)
@@ -436,7 +503,7 @@ def _key_value_model(connector: KeyValueConnector) -> SourceModel:
         return sglang_model(connector, index)
     model = _PinnedModel(connector, manifest.generation, index, connector.options.max_integrity_attempts)
     return SourceModel(
-        [_KeyValueFile(model, file) for file in index.files],
+        [_ChunkedFile(model, file) for file in index.files],
         kind=manifest.kind,
         world_size=manifest.world_size,
         layout=manifest.layout,

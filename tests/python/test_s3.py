@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import random
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,7 @@ from rdmaload.errors import (
     AlreadyExistsError,
     AuthenticationError,
     IntegrityError,
+    LayoutMismatchError,
     LoadTimeoutError,
     NotFoundError,
     NotSupportedError,
@@ -25,8 +30,10 @@ from rdmaload.errors import (
     UrlError,
 )
 from rdmaload.stats import LoadStats
-from tests.support.checkpoints import Checkpoint
-from tests.support.s3 import HttpObjects, Reply, Request, boto_client, moto_s3, s3_url
+from tests.support.certificates import Authority
+from tests.support.checkpoints import Checkpoint, compare, llama_like
+from tests.support.s3 import ConnectProxy, HttpObjects, Reply, Request, boto_client, moto_s3, s3_url
+from tests.support.servers import RedisServer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -211,11 +218,147 @@ def test_saving_again_replaces_the_model_and_its_stale_files(endpoint: str, url:
     assert len(keys) == 3  # the file, the manifest, its index
 
 
-def test_ranks_of_a_sharded_model_save_side_by_side(url: str) -> None:
-    for rank in range(2):
+def test_ranks_of_a_sharded_model_save_side_by_side_and_the_last_publishes(url: str) -> None:
+    rdmaload.save({"w": torch.zeros(9)}, url)  # an older model, whose manifest would call the new files damaged
+    saved = [
         rdmaload.save({"w": torch.full((4,), float(rank))}, url, rank=rank, world_size=2, save_id="one")
+        for rank in range(2)
+    ]
+    assert [stats.published for stats in saved] == [False, True]
     for rank in range(2):
-        assert torch.equal(rdmaload.load(url, rank=rank)["w"], torch.full((4,), float(rank)))
+        stats = LoadStats()
+        state = rdmaload.load(url, rank=rank, verify="require", stats=stats)
+        assert torch.equal(state["w"], torch.full((4,), float(rank)))
+        assert stats.generation == saved[1].generation
+    with rdmaload.open(url) as model:
+        assert (model.kind, model.world_size) == ("sharded", 2)
+        model.verify()
+    # A rank that died after it had finished comes again: the same model.
+    again = rdmaload.save({"w": torch.zeros(4)}, url, rank=0, world_size=2, save_id="one")
+    assert again.published
+    assert torch.equal(rdmaload.load(url, rank=1, verify="require")["w"], torch.ones(4))
+
+
+def test_ranks_that_save_at_once_publish_one_model(url: str, endpoint: str, model: str) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(
+            pool.map(
+                lambda rank: rdmaload.save(
+                    {"w": torch.full((1000,), float(rank))}, url, rank=rank, world_size=4, save_id="many"
+                ),
+                range(4),
+            )
+        )
+    for rank in range(4):
+        state = rdmaload.load(url, rank=rank, verify="require")
+        assert torch.equal(state["w"], torch.full((1000,), float(rank)))
+    assert len(kept(endpoint, model)) == 2 + 4  # manifest, one index, the parts
+
+
+def test_ranks_that_do_not_fit_together_publish_nothing(url: str) -> None:
+    rdmaload.save({"w": torch.zeros(4)}, url, rank=0, world_size=2, save_id="odd", chunk_bytes=1000)
+    with pytest.raises(LayoutMismatchError, match="chunk size"):
+        rdmaload.save({"w": torch.zeros(4)}, url, rank=1, world_size=2, save_id="odd", chunk_bytes=2000)
+    with rdmaload.open(url) as opened:
+        assert opened.manifest is None
+
+
+def kept(endpoint: str, model: str) -> list[str]:
+    client = boto_client(endpoint)
+    found = client.list_objects_v2(Bucket="bucket", Prefix=f"models/{model}/.rdmaload/").get("Contents", [])
+    client.close()
+    return [entry["Key"] for entry in found]
+
+
+def keys_of(endpoint: str, model: str) -> set[str]:
+    client = boto_client(endpoint)
+    found = client.list_objects_v2(Bucket="bucket", Prefix=f"models/{model}/").get("Contents", [])
+    client.close()
+    return {entry["Key"].removeprefix(f"models/{model}/") for entry in found}
+
+
+def test_remove_takes_the_model_and_nothing_else(
+    endpoint: str, url: str, model: str, tiny_checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rdmaload.cli import main
+
+    rdmaload.save(tiny_checkpoint.directory, url)
+    put(endpoint, f"models/{model}/notes.md", b"of somebody else")
+    put(endpoint, f"models/{model}/.rdmaload/saving/{'0' * 32}", b"left by a save")
+    put(endpoint, f"models/{model}-2/config.json", b"{}")
+    files = len(list(tiny_checkpoint.directory.iterdir()))
+    assert rdmaload.remove(url) == files + 3  # manifest, index, note
+    assert keys_of(endpoint, model) == {"notes.md"}
+    assert keys_of(endpoint, f"{model}-2") == {"config.json"}
+    with pytest.raises(NotSupportedError, match="no manifest"):
+        rdmaload.remove(url)
+    with pytest.raises(NotFoundError):
+        rdmaload.remove(f"{s3_url(endpoint, 'bucket', 'models/' + model + '-3')}")
+    rdmaload.save(tiny_checkpoint.directory, url)
+    assert main(["rm", "--yes", url]) == 0
+    assert keys_of(endpoint, model) == {"notes.md"}
+    capsys.readouterr()
+
+
+def test_prune_takes_what_saves_left(
+    endpoint: str, url: str, model: str, tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rdmaload.save(tiny_checkpoint.directory, url)
+    published = set(kept(endpoint, model))
+    root = f"models/{model}/.rdmaload"
+    left = {f"{root}/{'1' * 32}/index", f"{root}/saving/{'2' * 32}", f"{root}/parts/{'3' * 32}/0"}
+    for key in left:
+        put(endpoint, key, b"left")
+    put(endpoint, f"{root}/something-newer", b"?")
+    client = boto_client(endpoint)
+    client.create_multipart_upload(Bucket="bucket", Key=f"models/{model}/model.safetensors")
+    stats = rdmaload.prune(url)
+    # All of it is young but the upload, whose beginning moto puts in the year 2010.
+    assert (stats.generations, stats.saves, stats.keys, stats.waiting) == (0, 1, 0, 1)
+    assert not client.list_multipart_uploads(Bucket="bucket", Prefix=f"models/{model}/").get("Uploads")
+    client.close()
+    stats = rdmaload.prune(url, force=True)
+    assert (stats.generations, stats.saves, stats.keys) == (1, 0, 1)  # a save may still be alive
+    now = time.time()
+    monkeypatch.setattr("rdmaload.object_removal.time.time", lambda: now + 7200)
+    stats = rdmaload.prune(url)
+    assert (stats.generations, stats.saves, stats.keys) == (0, 2, 2)  # a note, a part
+    assert set(kept(endpoint, model)) == published | {f"{root}/something-newer"}
+    assert_loaded(rdmaload.load(url, verify="require"), tiny_checkpoint)
+
+
+def test_a_copy_out_of_a_bucket_is_verified_where_the_manifest_has_checksums(
+    redis_server: RedisServer, endpoint: str, url: str, model: str, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    rdmaload.save(tiny_checkpoint.directory, url, chunk_bytes=300_000)
+    target = redis_server.url(model)
+    copied = rdmaload.save(url, target, chunk_bytes=70_000)
+    assert_loaded(rdmaload.load(target, verify="require"), tiny_checkpoint)
+    assert copied.bytes == sum(path.stat().st_size for path in tiny_checkpoint.directory.iterdir())
+    rdmaload.save(url, tmp_path / "copy")
+    for path in tiny_checkpoint.directory.iterdir():
+        assert (tmp_path / "copy" / path.name).read_bytes() == path.read_bytes()
+    weights = sorted(tiny_checkpoint.directory.glob("*.safetensors"))[1]
+    content = weights.read_bytes()
+
+    def flipped(request: Request, honest: Reply) -> Reply:
+        if request.path.endswith(weights.name) and honest.status == 206:
+            honest.body = honest.body[:-1] + bytes([honest.body[-1] ^ 1])
+        return honest
+
+    client = boto_client(endpoint)
+    objects = {
+        f"/bucket/m/{key}": client.get_object(Bucket="bucket", Key=f"models/{model}/{key}")["Body"].read()
+        for key in keys_of(endpoint, model)
+    }
+    client.close()
+    assert content in objects.values()
+    with HttpObjects(objects, flipped) as server:
+        for where in (redis_server.url(f"{model}-bad"), str(tmp_path / "bad")):
+            with pytest.raises(IntegrityError, match="does not match its checksum"):
+                rdmaload.save(bent_url(server), where)
+        with pytest.raises(NotFoundError):
+            rdmaload.open(redis_server.url(f"{model}-bad"))
 
 
 def test_a_file_that_was_replaced_is_an_error_before_and_while_it_is_read(
@@ -442,6 +585,60 @@ def test_a_proxy_of_the_environment_is_used(tiny_checkpoint: Checkpoint, monkeyp
         url = s3_url("http://store.invalid", "bucket", "m", addressing_style="path")
         assert_loaded(rdmaload.load(url), tiny_checkpoint)
         assert [request for request in server.requests if request.headers.get("user-agent") == "rdmaload"]
+
+
+def test_tls_reaches_through_a_proxy_to_the_store(
+    tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, authority: Authority
+) -> None:
+    certificate = authority.issue(names=("store.invalid",))
+    with (
+        HttpObjects(objects_of(tiny_checkpoint), tls=certificate) as server,
+        ConnectProxy(server.endpoint.rpartition(":")[2]) as proxy,
+    ):
+        address = proxy.url.replace("http://", "http://user:s3cr3t@")
+        for name in ("HTTPS_PROXY", "https_proxy"):
+            monkeypatch.setenv(name, address)
+        url = s3_url("https://store.invalid", "bucket", "m", addressing_style="path", ca_file=str(authority.ca_file))
+        stats = LoadStats()
+        assert_loaded(rdmaload.load(url, stats=stats), tiny_checkpoint)
+        assert stats.retries == 0
+        assert [request for request in server.requests if request.headers.get("user-agent") == "rdmaload"]
+        assert all("proxy-authorization" not in request.headers for request in server.requests)
+    asked = set(proxy.requests)
+    lines = {line for line, _ in asked}  # boto3 asks in HTTP/1.0
+    assert "CONNECT store.invalid:443 HTTP/1.1" in lines
+    assert all(line.startswith("CONNECT store.invalid:443 ") for line in lines)
+    assert {authorization for _, authorization in asked} == {"Basic " + base64.b64encode(b"user:s3cr3t").decode()}
+
+
+@pytest.mark.slow
+def test_hundreds_of_megabytes_through_a_storm_arrive_byte_equal(tmp_path: Path) -> None:
+    """503 for a fifth of the requests, and a connection that resets in the middle of one in ten bodies."""
+    checkpoint = llama_like(tmp_path / "large", 4e8)
+    chance, mutex = random.Random(5), threading.Lock()
+    counts = {"slow": 0, "reset": 0, "asked": 0}
+
+    def storm(request: Request, honest: Reply) -> Reply:
+        if request.headers.get("user-agent") != "rdmaload":  # boto3's own pauses are seconds long
+            return honest
+        with mutex:
+            dice, cut = chance.random(), chance.random()
+            counts["asked"] += 1
+            counts["slow"] += dice < 0.2
+            counts["reset"] += 0.2 <= dice < 0.3
+        if dice < 0.2:
+            return Reply(503, {}, b"<Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>")
+        if dice < 0.3:
+            honest.cut, honest.then = int(len(honest.body) * cut), "reset"
+        return honest
+
+    with HttpObjects(objects_of(checkpoint), storm) as server:
+        stats = LoadStats()
+        state = rdmaload.load(bent_url(server), stats=stats)
+    assert compare(state, checkpoint.directory) == checkpoint.bytes
+    assert counts["asked"] > 50
+    assert min(counts["slow"], counts["reset"]) > 0
+    assert stats.retries >= counts["slow"]
 
 
 def test_the_command_line_knows_s3(url: str, tiny_checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,17 +7,21 @@ import hashlib
 import logging
 import re
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 from urllib.request import Request as UrlRequest
 from urllib.request import urlopen
 from xml.sax.saxutils import escape
 
-__all__ = ["Answer", "HttpObjects", "Reply", "Request", "etag_of", "honest_reply", "moto_s3", "s3_url"]
+if TYPE_CHECKING:
+    from tests.support.certificates import Issued
+
+__all__ = ["Answer", "ConnectProxy", "HttpObjects", "Reply", "Request", "etag_of", "honest_reply", "moto_s3", "s3_url"]
 
 
 def s3_url(endpoint: str, bucket: str, prefix: str = "", **options: object) -> str:
@@ -115,7 +119,12 @@ class HttpObjects:
     True
     """
 
-    def __init__(self, objects: Mapping[str, bytes], answer: Answer = lambda request, honest: honest) -> None:
+    def __init__(
+        self,
+        objects: Mapping[str, bytes],
+        answer: Answer = lambda request, honest: honest,
+        tls: Issued | None = None,
+    ) -> None:
         self.objects = dict(objects)
         self.answer = answer
         self.requests: list[Request] = []
@@ -126,6 +135,10 @@ class HttpObjects:
         self._threads: list[threading.Thread] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._tls: ssl.SSLContext | None = None
+        if tls is not None:
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._tls.load_cert_chain(tls.cert_file, tls.key_file)
         self._acceptor = threading.Thread(target=self._accept, name="http-objects")
         self._acceptor.start()
 
@@ -179,6 +192,8 @@ class HttpObjects:
 
     def _serve(self, client: socket.socket) -> None:
         try:
+            if self._tls is not None:
+                client = self._encrypted(client, self._tls)
             with client.makefile("rb") as stream:
                 while (request := self._next(stream)) is not None and self._send(client, request):
                     pass
@@ -190,6 +205,13 @@ class HttpObjects:
             with self._mutex:
                 self._clients.discard(client)
                 client.close()
+
+    def _encrypted(self, client: socket.socket, tls: ssl.SSLContext) -> socket.socket:
+        wrapped = tls.wrap_socket(client, server_side=True)
+        with self._mutex:
+            self._clients.discard(client)
+            self._clients.add(wrapped)
+        return wrapped
 
     def _next(self, stream: Any) -> Request | None:
         line = stream.readline()
@@ -254,3 +276,77 @@ def honest_reply(request: Request, content: bytes | None) -> Reply:
 def etag_of(content: bytes) -> str:
     """The tag that S3 gives to what was written in one request."""
     return f'"{hashlib.md5(content).hexdigest()}"'
+
+
+class ConnectProxy:
+    """A proxy that carries bytes to a port of this machine, whatever host it is asked for (CONNECT), and nothing else.
+
+    >>> with ConnectProxy("9") as proxy:
+    ...     proxy.url.startswith("http://127.0.0.1:")
+    True
+    """
+
+    def __init__(self, port: str) -> None:
+        self.requests: list[tuple[str, str]] = []
+        """Request line and Proxy-Authorization of each tunnel."""
+        self._target = int(port)
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._start(self._accept)
+
+    def _start(self, work: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(target=work, args=arguments, name="connect-proxy")
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client = self._listener.accept()[0]
+            except OSError:
+                return
+            self._sockets.append(client)
+            self._start(self._tunnel, client)
+
+    def _tunnel(self, client: socket.socket) -> None:
+        head = b""
+        with contextlib.suppress(OSError):
+            while b"\r\n\r\n" not in head:
+                head += client.recv(4096) or b"\r\n\r\n"
+            lines = head.decode("latin-1").split("\r\n")
+            headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
+            self.requests.append((lines[0], headers.get("proxy-authorization", "")))
+            server = socket.create_connection(("127.0.0.1", self._target))
+            self._sockets.append(server)
+            client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            self._start(_carry, client, server)
+            _carry(server, client)
+
+    def __enter__(self) -> ConnectProxy:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._threads[0].join()
+        self._listener.close()
+        for end in list(self._sockets):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        for thread in list(self._threads):
+            thread.join()
+        for end in self._sockets:
+            end.close()
+
+
+def _carry(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    for end in (source, target):
+        with contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)

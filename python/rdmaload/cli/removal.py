@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from rdmaload.cli.arguments import Commands, add_command, add_url, options_of, seconds
 from rdmaload.cli.exits import OTHER, UsageError
 from rdmaload.cli.output import count_text, printable, size_text, write_error, write_result
+
+if TYPE_CHECKING:
+    from rdmaload.connectors.objects import ObjectConnector
 
 __all__ = ["register"]
 
@@ -19,7 +23,7 @@ def register(commands: Commands) -> None:
         "rm",
         _rm,
         help="remove a model",
-        description="Remove a model from a key-value store, with everything that saves left of it. "
+        description="Remove a model that was saved here, with everything that saves left of it. "
         "Asks first; where nobody can answer, --yes is needed.",
         prints="How many keys were removed; with --json url and keys.",
         examples=["rdmaload rm redis://10.0.0.5/llama", "rdmaload rm --yes redis://10.0.0.5/llama"],
@@ -75,11 +79,14 @@ def _rm(args: argparse.Namespace) -> int:
 
 def _what_is_there(url: str, opts: dict[str, object]) -> str:
     from rdmaload.connectors import KeyValueConnector, connector_for
+    from rdmaload.connectors.objects import ObjectConnector
     from rdmaload.errors import FormatError, IntegrityError, NotSupportedError
     from rdmaload.sglang_layout import layout_keys
     from rdmaload.sources import read_manifest
 
     with connector_for(url, **opts) as connector:  # type: ignore[arg-type]
+        if isinstance(connector, ObjectConnector):
+            return _what_objects(connector)
         if not isinstance(connector, KeyValueConnector):
             raise NotSupportedError(f"{connector.url} keeps plain files: remove its directory", url=connector.url)
         try:
@@ -91,6 +98,17 @@ def _what_is_there(url: str, opts: dict[str, object]) -> str:
         return f"{count_text(len(keys), 'value')} in SGLang's layout"
     if manifest is None:
         return "not published; what saves left"
+    return f"{count_text(manifest.files, 'file')}, {size_text(manifest.bytes)}"
+
+
+def _what_objects(connector: ObjectConnector) -> str:
+    from rdmaload.file_manifest import FILE_MANIFEST
+    from rdmaload.manifest import Manifest
+
+    value = connector.read_small(FILE_MANIFEST)
+    if value is None:
+        return "not published; what saves left"
+    manifest = Manifest.decode(value, url=connector.url, key=FILE_MANIFEST)
     return f"{count_text(manifest.files, 'file')}, {size_text(manifest.bytes)}"
 
 

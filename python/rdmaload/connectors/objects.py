@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from rdmaload.connectors.connector import FileConnector
@@ -43,6 +43,17 @@ class ObjectConnector(FileConnector):
     @abstractmethod
     def begin_upload(self, path: str) -> Upload:
         """Begin to write a file in parts."""
+
+    def list_kept(self) -> Sequence[tuple[str, float]]:
+        """Paths below `.rdmaload/`, which `list_files` leaves out, with the time when each was written (of the epoch).
+
+        A store that can list them overrides this: `prune` and `remove` find there what saves have left.
+        """
+        return []
+
+    def abort_uploads(self, older_than: float) -> int:
+        """Drop the parts of uploads that were begun before that time and nobody ended; how many uploads."""
+        return 0
 
     def part_bytes(self, size: int, chunk_bytes: int) -> int:
         """Bytes per part of a file of `size` bytes: whole chunks, so that each is read and checksummed once."""

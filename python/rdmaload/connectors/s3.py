@@ -46,6 +46,7 @@ _Result = TypeVar("_Result")
 _URL_SECONDS = 3600
 _URL_MARGIN_SECONDS = 300
 
+_KEPT = ".rdmaload/"
 _ATTEMPTS = 3  # of botocore's, each of which tries a request several times
 _MAX_SMALL_BYTES = 64 * 2**20  # read whole by read_small(): a manifest or an index
 
@@ -320,6 +321,30 @@ class S3Connector(ObjectConnector):
             return self._tried("remove", path, delete)
         except NotFoundError:
             return False
+
+    def list_kept(self) -> list[tuple[str, float]]:
+        client = self._client()
+        found: list[tuple[str, float]] = []
+        with self._translated("list"):
+            pages = client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=f"{self._prefix}{_KEPT}"
+            )
+            for page in pages:
+                for entry in page.get("Contents", ()):
+                    found.append((entry["Key"][len(self._prefix) :], entry["LastModified"].timestamp()))
+        return found
+
+    def abort_uploads(self, older_than: float) -> int:
+        client = self._client()
+        count = 0
+        with self._translated("list unfinished uploads of"):
+            pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=self._prefix)
+            for page in pages:
+                for entry in page.get("Uploads", ()):
+                    if entry["Initiated"].timestamp() < older_than:
+                        client.abort_multipart_upload(Bucket=self._bucket, Key=entry["Key"], UploadId=entry["UploadId"])
+                        count += 1
+        return count
 
     # ---- names and errors ----
 
