@@ -283,6 +283,7 @@ def main() -> None:
     parser.add_argument("--connections", type=int, nargs="+", default=[2, 4], help="of the ceiling")
     parser.add_argument("--our-connections", type=int, help="default: rdmaload's")
     parser.add_argument("--our-range-bytes", type=float, nargs="+", default=[], help="compared with rdmaload's own")
+    parser.add_argument("--compare-connections", type=int, nargs="+", default=[], help="of rdmaload, with its own")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds that each request waits for its answer")
     parser.add_argument("--range-bytes", type=int, default=8 << 20, help="of the ceiling")
     parser.add_argument("--against", nargs="*", help=f"ceiling, curl, {', '.join(CLIENTS)}; default: all")
@@ -338,6 +339,9 @@ def main() -> None:
         for size in map(int, arguments.our_range_bytes):
             run = functools.partial(ours, url_of(server, "plain"), options, size)
             peers.append(paired.Way(f"rdmaload, {size} B", run))
+        for count in arguments.compare_connections:
+            run = functools.partial(ours, url_of(server, "plain"), {"connections": count})
+            peers.append(paired.Way(f"rdmaload, {count} connections", run))
         result = {
             "plain": paired.compare(
                 own, [*ceilings, *peers], checkpoint.bytes, arguments.pairs, cold_memory=arguments.cold_memory

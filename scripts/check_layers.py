@@ -47,7 +47,8 @@ PYTHON_ORDER = [
         "pull",
         "timeline",
     }
-    | {"sources", "state_dict", "journal", "upload", "publish", "files_save", "object_save", "object_removal", "file_manifest"}
+    | {"sources", "state_dict", "journal", "upload", "publish", "files_save", "object_save", "file_manifest"}
+    | {"object_removal"}
     | {"sglang_layout", "sglang_source", "sglang_state", "_sglang_save"}
     | {"_save", "_prune", "model", "loading", "export_checksums", "exports"},
     {"integrations", "cli"},

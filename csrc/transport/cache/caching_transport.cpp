@@ -89,7 +89,7 @@ CachingTransport::~CachingTransport() {
   for (const auto& fetch : left) source_->cancel(*fetch);
   disk_.reset();
   std::unique_lock lock(mutex_);
-  quiet_.wait(lock, [this] { return fetches_.empty(); });
+  quiet_.wait(lock, [this] { return fetches_.empty() && callbacks_ == 0; });
 }
 
 void CachingTransport::submit(Read& read, Clock::time_point not_before) {
@@ -292,6 +292,17 @@ void CachingTransport::read_from_source(Fetch& fetch, bool keep) {
 }
 
 void CachingTransport::completed(Fetch& fetch, const Status& status) {
+  {
+    std::lock_guard lock(mutex_);
+    ++callbacks_;
+  }
+  go_on(fetch, status);  // the fetch may be gone after it, done by another thread
+  std::lock_guard lock(mutex_);
+  --callbacks_;
+  if (callbacks_ == 0 && fetches_.empty()) quiet_.notify_all();
+}
+
+void CachingTransport::go_on(Fetch& fetch, const Status& status) {
   switch (fetch.stage) {
     case Fetch::Stage::kDisk:
       read_back(fetch, status);
@@ -379,7 +390,7 @@ void CachingTransport::finish(Fetch& fetch, const Status& status) noexcept {
   outer.owner->complete(outer, status);
   std::lock_guard lock(mutex_);  // under it the destructor learns that nothing of this is used any more
   fetches_.erase(&fetch);
-  if (fetches_.empty()) quiet_.notify_all();
+  if (callbacks_ == 0 && fetches_.empty()) quiet_.notify_all();
 }
 
 }  // namespace rdmaload

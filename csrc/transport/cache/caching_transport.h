@@ -74,6 +74,7 @@ class CachingTransport final : public ThreadedTransport {
   void read_from_disk(Fetch& fetch, uint32_t crc);
   void read_from_source(Fetch& fetch, bool keep);
   void completed(Fetch& fetch, const Status& status);
+  void go_on(Fetch& fetch, const Status& status);
   void read_back(Fetch& fetch, const Status& status);
   void received(Fetch& fetch, const Status& status);
   Status store(Fetch& fetch);
@@ -99,7 +100,9 @@ class CachingTransport final : public ThreadedTransport {
   mutable std::mutex mutex_;
   std::condition_variable quiet_;
   std::unordered_map<const Fetch*, std::shared_ptr<Fetch>>
-      fetches_;                          // Guarded by mutex_. What is outstanding.
+      fetches_;  // Guarded by mutex_. What is outstanding.
+  size_t callbacks_ =
+      0;  // Guarded by mutex_. Threads of the source, the disk and the writers that are in here.
   uint64_t damaged_blocks_ = 0;          // Guarded by mutex_.
   std::string reason_;                   // Guarded by mutex_. The first.
   mutable std::set<std::string> paths_;  // Guarded by mutex_. What path() has returned, which must last.
