@@ -24,7 +24,9 @@ struct CachingTransport::Fetch final : Read, ReadOwner {
     owner = this;
   }
   void complete(Read&, const Status& status) noexcept override { transport.completed(*this, status); }
-  bool cancelled() const noexcept override { return transport.stopping_ || outer_owner->cancelled(); }
+  bool cancelled() const noexcept override {
+    return transport.stopping_ || given_up || outer_owner->cancelled();
+  }
 
   // What became of it, for the caller.
   void report() noexcept {
@@ -39,6 +41,7 @@ struct CachingTransport::Fetch final : Read, ReadOwner {
   CachingTransport& transport;
   Read* const outer;                   // gone once this has completed
   const ReadOwner* const outer_owner;  // its own copy: cancel() may look for it a moment longer
+  std::atomic<bool> given_up{false};
   Stage stage = Stage::kLookUp;
   size_t file_number = 0;
   uint64_t block = 0;
@@ -119,6 +122,7 @@ void CachingTransport::cancel(const ReadOwner& owner) {
     }
   }
   for (const auto& fetch : found) {
+    fetch->given_up = true;  // for who has it in hand just now
     ThreadedTransport::cancel(*fetch);
     source_->cancel(*fetch);
     disk_->cancel(*fetch);

@@ -224,6 +224,37 @@ TEST_CASE("bytes that are not what the store says are delivered and not kept") {
   CHECK_FALSE(file->stored(1));
 }
 
+TEST_CASE("bytes that changed on the disk are read again from the source, whose checksums nobody knows") {
+  std::mt19937_64 random(7);
+  const auto bytes = random_bytes(3 * kBlockBytes, 7);
+  const TempDir directory;
+  const auto options = options_of(directory, bytes);
+  Source source(bytes);
+  for (int round = 0; round < 3; ++round) {
+    RecordingOwner owner;
+    std::vector<std::unique_ptr<TestRead>> reads;
+    CachingTransport transport(source.open(1), options);
+    for (uint64_t block = 0; block < 3; ++block) {
+      reads.push_back(read_of_block(bytes, block, random, owner));
+      transport.submit(reads.back()->read);
+    }
+    REQUIRE(owner.wait_for(3));
+    for (auto& read : reads) {
+      CHECK(owner.status_of(read->read).ok());
+      CHECK(read->holds(bytes));
+    }
+    CHECK(transport.fallback_reason().empty() == (round != 1));
+    CHECK(source.asked[1] == (round == 0 ? 1 : 2));
+    if (round == 0) {
+      std::fstream file(options.directory + "/" + options.files[0].entry.name,
+                        std::ios::in | std::ios::out | std::ios::binary);
+      file.seekp(kBlockBytes + 17);
+      file.put(static_cast<char>(~static_cast<int>(bytes[kBlockBytes + 17])));
+    }
+  }
+  CHECK(source.asked[0] == 1);
+}
+
 TEST_CASE("the directory keeps its limit, and files that are open") {
   const TempDir directory;
   const std::string path = (directory.path() / "cache").string();
