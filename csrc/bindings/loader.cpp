@@ -5,8 +5,8 @@
 #include <cstring>
 #include <variant>
 
-#include "bindings/device_destination.h"
 #include "bindings/crcs.h"
+#include "bindings/device_destination.h"
 #include "bindings/dlpack.h"
 #include "bindings/register.h"
 #include "loader/load.h"

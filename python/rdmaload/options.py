@@ -164,7 +164,7 @@ class Options:
     """
 
     connections: int | None = _option(_whole(1, 1024), None)
-    """Connections to the store that one load holds; None = 1 to a server on this machine, else 4 (8 to s3://)."""
+    """Connections to the store that one load holds; None = 1 to a server on this machine, else 4 (16 to s3://)."""
     bytes_in_flight: int | None = _option(_size(), None)
     """Bytes asked for and not yet received, over all connections; None = 2 MiB on this machine, else 16 MiB."""
     connect_timeout: float = _option(_seconds, 10.0)

@@ -94,7 +94,7 @@ def test_plain_files_are_loaded_byte_equal_and_counted_as_unverified(
     upload(endpoint, model, tiny_checkpoint)
     stats = LoadStats()
     assert_loaded(rdmaload.load(url, stats=stats), tiny_checkpoint)
-    assert (stats.path, stats.connections, stats.generation) == ("http", 8, None)
+    assert (stats.path, stats.connections, stats.generation) == ("http", 16, None)
     assert stats.unverified_bytes == stats.read_bytes >= stats.bytes > 0
     assert stats.verified_bytes == 0
     with pytest.raises(IntegrityError, match="no checksums"):
