@@ -33,6 +33,7 @@ struct CachingTransport::Fetch final : Read, ReadOwner {
     outer->crc = crc;
     outer->copied_bytes = copied_bytes;
     outer->checksum_time = checksum_time;
+    outer->times = times;
     outer->received = received;
     outer->reissues = reissues;
     outer->retry_after = retry_after;

@@ -54,6 +54,11 @@ class CachingTransport final : public ThreadedTransport {
   using Transport::submit;
   void submit(Read& read, Clock::time_point not_before) override;
   void cancel(const ReadOwner& owner) override;
+  // What the source's own reads go to, as ever.
+  std::shared_ptr<void> prepare(std::span<const std::span<std::byte>> destinations) override {
+    return source_->prepare(destinations);
+  }
+  std::string description() const override { return source_->description(); }
   // The source's path, "cache-" and the file transport's, or both joined by "+": what has been used.
   std::string_view path() const noexcept override;
   std::string fallback_reason() const override;
