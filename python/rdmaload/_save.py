@@ -42,7 +42,7 @@ from rdmaload.options import Options
 from rdmaload.publish import Publisher
 from rdmaload.sglang_layout import find_tensor
 from rdmaload.sglang_state import engine_state
-from rdmaload.sources import SourceModel, directory_model, read_index, stored_model
+from rdmaload.sources import SourceModel, directory_model, plain_files, read_index, stored_model
 from rdmaload.stats import Progress, SaveStats
 from rdmaload.upload import Overtaken, Upload
 from rdmaload.urls import parse_url
@@ -80,6 +80,9 @@ def save(
     layout: Literal["rdmaload", "sglang"] = "rdmaload",
     overwrite: bool = True,
     chunk_bytes: int | None = None,
+    files: str | os.PathLike[str] | None = None,
+    parallel: Mapping[str, int] | None = None,
+    identity: Mapping[str, str] | None = None,
     progress: Callable[[Progress], None] | None = None,
     options: Options | None = None,
     **opts: object,
@@ -100,6 +103,9 @@ def save(
             one value per tensor, and while a model is replaced there is none.
         overwrite: False refuses to replace a model that exists.
         chunk_bytes: bytes per value in a key-value store; None: the source's, or 2^20 - 4096.
+        files: with a state dict or a module, a directory whose files other than weights are saved beside the tensors.
+        parallel, identity: with a state dict or a module, what its manifest says of how the model was cut (sizes such
+            as tp and pp) and of what wrote it (engine, version, dtype ...); None: nothing.
         progress: called with a Progress in this thread about ten times a second.
         options, **opts: see Options; they are those of the destination.
 
@@ -125,6 +131,7 @@ def save(
             raise NotSupportedError(f"{connector.url}: {connector.read_only}", url=connector.url)
         model = _source_model(source, rank, world_size, layout)
         try:
+            _describe(model, source, files, parallel, identity)
             model.check_weights()
             watch = _Watch(model, connector.options.timeout, progress, started, connector.url)
             watch.stages["plan"] = time.perf_counter() - started
@@ -219,6 +226,24 @@ def _source_model(source: object, rank: int | None, world_size: int | None, layo
         state = engine_state(source) if layout == "sglang" else source
         return state_dict_model(state, rank=rank, world_size=world_size)
     raise TypeError(f"cannot save a {type(source).__name__}: give a directory, a state dict, a module or a url")
+
+
+def _describe(
+    model: SourceModel,
+    source: object,
+    files: str | os.PathLike[str] | None,
+    parallel: Mapping[str, int] | None,
+    identity: Mapping[str, str] | None,
+) -> None:
+    """Give a model made of tensors in memory what a directory or a store would have said of it."""
+    if files is None and parallel is None and identity is None:
+        return
+    if isinstance(source, (str, os.PathLike)):
+        raise ValueError("files=, parallel= and identity= are for a state dict or a module: a stored model has its own")
+    model.layout = dict(parallel or {})
+    model.identity = dict(identity or {})
+    if files is not None:
+        model.files += plain_files(Path(files), but={file.path for file in model.files})
 
 
 def _check_places(source: object, connector: FileConnector) -> None:

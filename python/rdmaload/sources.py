@@ -13,7 +13,7 @@ import re
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,12 +34,15 @@ from rdmaload.file_manifest import resolve_files
 from rdmaload.generations import resolve_any
 from rdmaload.index import Index, IndexFile, chunk_key, index_key, index_of_files
 from rdmaload.manifest import Manifest, manifest_key
+from rdmaload.urls import parse_url
+from rdmaload.weights import WEIGHT_INDEX_SUFFIX, has_weight_suffix
 
 __all__ = [
     "BytesSource",
     "Source",
     "SourceModel",
     "directory_model",
+    "plain_files",
     "rank_of_path",
     "read_index",
     "read_manifest",
@@ -251,6 +254,18 @@ def directory_model(connector: LocalConnector, root: Path, *, rank: int | None, 
         digest.update(f"{source.path}\0{source.fingerprint()}\0".encode())
     kind, size = _kind_of(files, str(root)) if rank is None else ("sharded", world_size or 1)
     return SourceModel(files, kind, size, content_id=digest.hexdigest())
+
+
+def plain_files(root: Path, *, but: Collection[str] = ()) -> list[Source]:
+    """The files below `root` that hold no weights in any format, without those whose paths are in `but`."""
+    with LocalConnector(parse_url(root.absolute())) as connector:
+        paths = [info.path for info in connector.list_files()]
+    return [
+        _DirectoryFile(str(root / path), IndexFile(path, status.st_size), None, _fingerprint(status))
+        for path in sorted(paths)
+        if path not in but and not has_weight_suffix(path) and not path.endswith(WEIGHT_INDEX_SUFFIX)
+        for status in [os.stat(root / path)]
+    ]
 
 
 def _kind_of(files: list[Source], url: str) -> tuple[str, int]:

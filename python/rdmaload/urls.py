@@ -10,11 +10,11 @@ import re
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import NoReturn
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from rdmaload.errors import UrlError
 
-__all__ = ["SECRET_TEXT", "Url", "is_secret_option", "parse_url", "redact"]
+__all__ = ["SECRET_TEXT", "Url", "is_secret_option", "parse_url", "redact", "with_option"]
 
 SECRET_TEXT = "***"
 """What stands for a secret in everything that we show."""
@@ -290,3 +290,18 @@ def _refuse(text: str, problem: str) -> NoReturn:
     # Half of a surrogate pair, which no terminal or log can print, is shown as an escape.
     shown = redact(text).encode(errors="backslashreplace").decode()
     raise UrlError(f"{shown} {problem}", url=shown)
+
+
+def with_option(url: Url, name: str, value: str) -> str:
+    """The text of `url` with an option added to its query; secrets included, for a program and not for a log.
+
+    >>> with_option(parse_url("redis://10.0.0.5/llama?db=1"), "generation", "0f")
+    'redis://10.0.0.5/llama?db=1&generation=0f'
+
+    Raises UrlError when the url has that option already, or can have none.
+    """
+    if url.scheme in _OPTIONLESS_SCHEMES or "://" not in url.text:
+        _refuse(url.text, f"takes no options: give {name} beside it")
+    if name in url.query:
+        _refuse(url.text, f"has {name} already")
+    return f"{url.text}{'&' if '?' in url.text else '?'}{quote(name)}={quote(value)}"

@@ -18,7 +18,7 @@ from rdmaload.errors import NotSupportedError
 from rdmaload.options import Options
 from rdmaload.urls import Url, parse_url
 
-__all__ = ["ENTRY_POINT_GROUP", "connector_class", "connector_for", "register_connector"]
+__all__ = ["ENTRY_POINT_GROUP", "connector_class", "connector_for", "known_schemes", "register_connector"]
 
 ENTRY_POINT_GROUP = "rdmaload.connectors"
 
@@ -114,6 +114,14 @@ def _fsspec_class(scheme: str) -> type[Connector] | None:
     from rdmaload.connectors.fsspec import FsspecConnector
 
     return FsspecConnector
+
+
+def known_schemes() -> frozenset[str]:
+    """Every scheme that `connector_class` has a class for; plug-ins are not imported for it."""
+    with _lock:
+        registered = set(_registered)
+    plugins = {point.name for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
+    return frozenset(registered | set(_BUILT_IN) | plugins)
 
 
 def connector_for(url: str | PathLike[str] | Url, options: Options | None = None, **keywords: object) -> Connector:

@@ -1,0 +1,70 @@
+"""Runs vLLM in a process of its own, through a list of actions, and prints what each gave as one line of JSON.
+
+    python vllm_driver.py '[["start", {"model": "..."}], ["generate"], ["reload", "redis://..."], ["stop"]]'
+
+start     an LLM with these arguments, beside those that make one small and its answers repeatable
+generate  the tokens of the greedy answers to fixed prompts
+reload    other weights into the running engine, by its own reload_weights
+refused   start, which must fail; the type of the error and its text
+stop      the engine's end
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+
+PROMPTS = ["hello world", "the quick brown", "0123", "lazy dog jumps over"]
+
+SMALL = {
+    "dtype": "bfloat16",
+    "max_model_len": 128,
+    "enforce_eager": True,
+    "max_num_seqs": 4,
+    "gpu_memory_utilization": 0.3,
+}
+
+
+def run(actions):
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = None
+    for action, *arguments in actions:
+        answer = None
+        if action in ("start", "refused"):
+            keywords = {**SMALL, **arguments[0]}
+            if keywords.get("tensor_parallel_size", 1) == 1:
+                keywords.setdefault("distributed_executor_backend", "uni")
+            try:
+                llm = LLM(**keywords)
+                answer = {
+                    "model": llm.llm_engine.model_config.model,
+                    "served": llm.llm_engine.model_config.served_model_name,
+                    "load_format": str(llm.llm_engine.vllm_config.load_config.load_format),
+                }
+            except Exception as error:
+                if action == "start":
+                    raise
+                answer = [type(error).__name__, str(error)]
+        elif action == "generate":
+            outputs = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
+            answer = [list(output.outputs[0].token_ids) for output in outputs]
+        elif action == "reload":
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": arguments[0]})
+            llm.reset_prefix_cache()
+        elif action == "stop":
+            del llm
+            llm = None
+            gc.collect()
+            cleanup_dist_env_and_memory()
+        else:
+            raise ValueError(action)
+        print("ANSWER " + json.dumps([action, answer]), flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    run(json.loads(sys.argv[1]))
