@@ -5,6 +5,7 @@
 start     an LLM with these arguments, beside those that make one small and its answers repeatable
 generate  the tokens of the greedy answers to fixed prompts
 reload    other weights into the running engine, by its own reload_weights
+save      the weights of one rank, by save_sharded in this process
 refused   start, which must fail; the type of the error and its text
 stop      the engine's end
 """
@@ -55,6 +56,13 @@ def run(actions):
         elif action == "reload":
             llm.collective_rpc("reload_weights", kwargs={"weights_path": arguments[0]})
             llm.reset_prefix_cache()
+        elif action == "save":
+            from rdmaload.integrations.vllm.sharding import save_sharded
+
+            small = {name: SMALL[name] for name in ("dtype", "max_model_len")}
+            save_sharded(**arguments[0], engine_args={**small, "distributed_executor_backend": "uni"})
+            gc.collect()
+            cleanup_dist_env_and_memory()
         elif action == "stop":
             del llm
             llm = None

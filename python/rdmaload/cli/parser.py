@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from rdmaload import __version__
-from rdmaload.cli import bench, doctor, listing, removal, serving, transfer
+from rdmaload.cli import bench, doctor, listing, removal, serving, sharding, transfer
 from rdmaload.cli.arguments import Commands, Parser, add_verbosity, options_manual
 from rdmaload.cli.exits import UsageError
 
@@ -53,7 +53,7 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(
         metavar="COMMAND", dest="command", required=True, parser_class=Parser, title="commands"
     )
-    for group in (transfer, listing, removal, doctor, bench, serving):
+    for group in (transfer, listing, removal, doctor, bench, serving, sharding):
         group.register(commands)
     _add_help(commands)
     return parser

@@ -35,7 +35,7 @@ from rdmaload.index import IndexFile
 from rdmaload.model import Model
 from rdmaload.urls import parse_url, with_option
 
-__all__ = ["EngineModel", "cache_root", "header_file", "resolve_model", "write_kept_headers"]
+__all__ = ["EngineModel", "cache_root", "header_file", "release", "resolve_model", "write_kept_headers"]
 
 _log = logging.getLogger("rdmaload")
 
@@ -99,8 +99,8 @@ def resolve_model(url: str, *, root: Path | None = None, **opts: object) -> Engi
         if model.generation is not None and "generation" not in location.query:
             pinned = with_option(location, "generation", model.generation)
             shown = parse_url(pinned).redacted
-        key = hashlib.sha256("\n".join([location.redacted, *_version(model)]).encode()).hexdigest()[:32]
-        directory = _directory(cache_root() if root is None else root, key, model)
+        key = hashlib.sha256("\n".join([_without_generation(location.redacted), *_version(model)]).encode())
+        directory = _directory(cache_root() if root is None else root, key.hexdigest()[:32], model)
         manifest = model.manifest
         return EngineModel(
             url=pinned,
@@ -112,6 +112,20 @@ def resolve_model(url: str, *, root: Path | None = None, **opts: object) -> Engi
             layout={} if manifest is None else dict(manifest.layout),
             identity={} if manifest is None else dict(manifest.identity),
         )
+
+
+def release() -> None:
+    """Let go of every directory that this process was given: others may then remove them."""
+    with _lock:
+        for descriptor in _used.values():
+            os.close(descriptor)
+        _used.clear()
+
+
+def _without_generation(url: str) -> str:
+    """So that a pinned url and the one that it was made from have one directory."""
+    start, _, query = url.partition("?")
+    return "&".join([start, *(item for item in query.split("&") if not item.startswith("generation="))])
 
 
 def _version(model: Model) -> list[str]:

@@ -60,6 +60,14 @@ class RdmaloadModelLoader(DefaultModelLoader):  # type: ignore[misc]  # no types
     def download_model(self, model_config: Any) -> None:
         """Nothing is downloaded: tensors go from the store into the model."""
 
+    def load_model(self, vllm_config: Any, model_config: Any, *arguments: Any, **keywords: Any) -> torch.nn.Module:
+        weights = getattr(model_config, "model_weights", "")
+        if names.is_ours(weights) and not Path(model_config.model).is_dir():
+            # Another node than the one that resolved the url: its directory is made here, too, under the same name
+            # where the places for caches are the same.
+            model_config.model = str(metadata.resolve_model(names.store_url(weights)).directory)
+        return super().load_model(vllm_config, model_config, *arguments, **keywords)
+
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         with self._open(model_config) as stored:
             if stored.kind == "sharded":
