@@ -125,7 +125,7 @@ def release() -> None:
 def _without_generation(url: str) -> str:
     """So that a pinned url and the one that it was made from have one directory."""
     start, _, query = url.partition("?")
-    return "&".join([start, *(item for item in query.split("&") if not item.startswith("generation="))])
+    return "&".join([start, *(item for item in query.split("&") if item and not item.startswith("generation="))])
 
 
 def _version(model: Model) -> list[str]:

@@ -66,7 +66,8 @@ class RdmaloadModelLoader(DefaultModelLoader):  # type: ignore[misc]  # no types
             # Another node than the one that resolved the url: its directory is made here, too, under the same name
             # where the places for caches are the same.
             model_config.model = str(metadata.resolve_model(names.store_url(weights)).directory)
-        return super().load_model(vllm_config, model_config, *arguments, **keywords)
+        model: torch.nn.Module = super().load_model(vllm_config, model_config, *arguments, **keywords)
+        return model
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         with self._open(model_config) as stored:
