@@ -88,8 +88,10 @@ def cache_root() -> Path:
     return fallback
 
 
-def resolve_model(url: str, *, root: Path | None = None, **opts: object) -> EngineModel:
+def resolve_model(url: str, *, root: Path | None = None, weights: bool = False, **opts: object) -> EngineModel:
     """Pin the generation that `url` means now and bring the model's files, weights excepted, into a directory.
+
+    With `weights` it is a whole copy, for models as small as adapters.
 
     Raises what `open` and `pull_files` raise, and LoadTimeoutError when another process that pulls does not finish.
     """
@@ -100,7 +102,8 @@ def resolve_model(url: str, *, root: Path | None = None, **opts: object) -> Engi
             pinned = with_option(location, "generation", model.generation)
             shown = parse_url(pinned).redacted
         key = hashlib.sha256("\n".join([_without_generation(location.redacted), *_version(model)]).encode())
-        directory = _directory(cache_root() if root is None else root, key.hexdigest()[:32], model)
+        name = key.hexdigest()[:32] + ("-whole" if weights else "")
+        directory = _directory(cache_root() if root is None else root, name, model)
         manifest = model.manifest
         return EngineModel(
             url=pinned,
@@ -160,8 +163,11 @@ def _fill(directory: Path, model: Model) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{directory.name}.partial-", dir=directory.parent))
     try:
-        model.pull_files(partial)
-        _write_headers(partial, model)
+        if directory.name.endswith("-whole"):
+            model.pull_files(partial, allow_pattern="*")
+        else:
+            model.pull_files(partial)
+            _write_headers(partial, model)
         partial.rename(directory)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
