@@ -4,6 +4,7 @@
     python sglang_driver.py WHEEL load URL RANK STATE         its _load_model_from_remote_kv into that state
     python sglang_driver.py WHEEL iterate URL RANK OUT        RedisConnector.weight_iterator
     python sglang_driver.py WHEEL pull URL DIR                RedisConnector.pull_files
+    python sglang_driver.py WHEEL plugin URL RANK STATE       as load, by the connector that our plug-in puts there
 
 The connector package is imported as it is; only `sglang.srt.utils`, which imports the whole engine, is replaced. The
 loader's module imports that engine, too: its functions are taken out of its source and run as they stand. A process of
@@ -87,9 +88,25 @@ class Model(torch.nn.Module):
         return dict(self.tensors)
 
 
+def plugin(connector: types.ModuleType) -> None:
+    """Register our plug-in with SGLang's own registry, as its `load_plugins` does, and apply it."""
+    from rdmaload.integrations.sglang import register
+
+    plugins = types.ModuleType("sglang.srt.plugins")
+    plugins.__path__ = [str(Path(connector.__path__[0]).parent / "plugins")]
+    sys.modules["sglang.srt.plugins"] = plugins
+    register()
+    registry = importlib.import_module("sglang.srt.plugins.hook_registry").HookRegistry
+    registry.apply_hooks()
+    assert registry._patched == {"sglang.srt.connector.create_remote_connector"}
+
+
 def main() -> None:
     wheel, action, url, *rest = sys.argv[1:]
     package = connector_package(Path(wheel))
+    if action == "plugin":
+        plugin(package)
+        action = "load"
     if action == "pull":
         with package.create_remote_connector(url) as client:
             client.pull_files()

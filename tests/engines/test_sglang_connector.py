@@ -109,3 +109,25 @@ def test_sglang_pulls_the_files_that_rdmaload_wrote(sglang_source: Path, server:
     _sglang(sglang_source, "pull", server.url("m"), tmp_path / "pulled")
     pulled = {path.name: path.read_text() for path in (tmp_path / "pulled").iterdir()}
     assert pulled == {name.rpartition("/")[2]: text for name, text in texts.items()}
+
+
+def test_our_plug_in_serves_sglangs_loader(
+    sglang_source: Path, server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its registry puts our connector in, and its loader copies from it, in either layout."""
+    monkeypatch.setenv("RDMALOAD_CACHE_DIR", str(tmp_path / "cache"))
+    state = {name: tensor for name, tensor in _state().items() if name not in ("empty", "rows.last")}
+    ranks = [state | {"only": torch.full((5,), float(rank))} for rank in range(2)]
+    for rank, each in enumerate(ranks):
+        rdmaload.save(each, server.url("sgl"), layout="sglang", rank=rank, world_size=2)
+        rdmaload.save(each, server.url("ours"), rank=rank, world_size=2, save_id="s")
+    for name in ("sgl", "ours"):
+        for rank, each in enumerate(ranks):
+            path = tmp_path / f"{name}{rank}.pt"
+            blank = {key: tensor.clone() for key, tensor in each.items()}
+            blank["lm_head.weight"] = blank["model.embed.weight"]
+            for tensor in blank.values():
+                tensor.zero_()
+            torch.save(blank, path)
+            _sglang(sglang_source, "plugin", server.url(name), rank, path)
+            assert same_tensors(torch.load(path), each)
