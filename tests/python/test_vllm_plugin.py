@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import rdmaload
+from rdmaload.cli import main
 from rdmaload.errors import LayoutMismatchError, NotFoundError, NotSupportedError, UrlError
 from rdmaload.integrations import metadata, names
 from rdmaload.integrations.vllm import hooks, register, sharding
@@ -448,3 +449,56 @@ def test_the_rank_that_weights_are_saved_under(
 ) -> None:
     vllm.set_ranks(Group(*tp), Group(*pp), Group(*dp))
     assert Ranks.here().weights_rank(sizes) == expected
+
+
+def test_save_sharded_from_the_command_line(
+    vllm: FakeVllm, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    target = f"memory://{tmp_path.name}/sharded"
+    command = ["save-sharded", "--model", str(checkpoint), "--url", target, "--engine-arg", "quantization=null"]
+    assert main([*command, "--json"]) == 0
+    output = capfd.readouterr()
+    assert "an engine logs" in output.err
+    report = json.loads(output.out)  # and nothing else
+    assert report["world_size"] == 1
+    assert report["layout"] == {"tp": 1, "pp": 1, "ep": 1}
+    assert report["identity"]["quantization"] == "none"
+    assert vllm.shut_down
+    with rdmaload.open(target) as model:
+        assert torch.equal(model.load(rank=0)["proj.weight"], rdmaload.load(checkpoint)["proj.weight"])
+        assert "config.json" in {file.path for file in model.files}
+
+
+def test_exit_codes_of_save_sharded(
+    vllm: FakeVllm, checkpoint: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = f"memory://{tmp_path.name}/sharded"
+    command = ["save-sharded", "--model", str(checkpoint), "--url", target]
+
+    def late() -> Layers:
+        model = Layers()
+        model.proj.quant_method = types.SimpleNamespace(uses_meta_device=True)  # type: ignore[assignment]
+        return model
+
+    vllm.make_model = late
+    assert main(command) == 7
+    vllm.make_model = Layers
+    assert main(command) == 0
+    # What was sharded for another set-up is no source either.
+    again = ["save-sharded", "--model", target, "--url", f"{target}-2"]
+    assert main([*again, "-tp", "2"]) == 7
+    assert main([*command, "-tp", "0"]) == 2
+    assert main([*command, "--engine-arg", "load_format=dummy"]) == 2
+    assert main([*command, "--engine-arg", "dtype"]) == 2
+    assert main([*command, "-o", "conections=2"]) == 2
+    assert main(["save-sharded", "--model", "meta/llama", "--url", target]) == 2
+    assert main(["save-sharded", "--model", f"{url}-not", "--url", target]) == 3
+    assert main(["save-sharded", "--model", str(checkpoint), "--url", str(tmp_path / "out")]) == 8
+
+    def dies() -> Layers:
+        raise RuntimeError("worker died")
+
+    vllm.make_model = dies
+    assert main(command) == 6
+    monkeypatch.setitem(sys.modules, "vllm.engine.arg_utils", None)
+    assert main(command) == 8

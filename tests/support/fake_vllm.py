@@ -52,6 +52,7 @@ class ModelConfig:
     revision: str | None = None
     runner_type: str = "generate"
     architecture: str = "LlamaForCausalLM"
+    load_config: Any = None  # of what is a VllmConfig in vLLM
 
     def __post_init__(self) -> None:
         name = self.served_model_name or self.model
@@ -81,6 +82,7 @@ class EngineArgs:
     enable_expert_parallel: bool = False
     dtype: torch.dtype = torch.bfloat16
     quantization: str | None = None
+    enforce_eager: bool = False
 
     def __post_init__(self) -> None:
         from rdmaload.integrations.vllm import register  # what load_general_plugins finds
@@ -110,6 +112,7 @@ class EngineArgs:
         if not arg_utils.is_cloud_storage(self.model) and not Path(self.model).exists():
             raise HubError(f"speculators: {self.model}")
         config = self.create_model_config()
+        config.load_config = LoadConfig(self.load_format, self.model_loader_extra_config)
         self.model, self.tokenizer = config.model, config.tokenizer
         if config.model_weights and is_cloud_storage(config.model_weights):
             raise HubError("load_format must be runai_streamer")
@@ -189,6 +192,8 @@ class FakeVllm:
 
     def __init__(self) -> None:
         self.formats: dict[str, type] = {"auto": DefaultModelLoader}
+        self.make_model: Any = Layers
+        self.shut_down = False
         self.arg_utils: Any = types.ModuleType("vllm.engine.arg_utils")
         # Classes of their own for every test, as they are wrapped.
         self.arg_utils.EngineArgs = _copy_of(EngineArgs)
@@ -241,6 +246,23 @@ class FakeVllm:
                 ".experts." in name and int(name.split(".experts.")[1].split(".")[0]) not in experts
             ),
         )
+        fake = self
+
+        class Executor:
+            """Starts the workers, here one in this process."""
+
+            @staticmethod
+            def get_class(config: Any) -> type:
+                return Executor
+
+            def __init__(self, config: Any) -> None:
+                print("an engine logs to stdout")
+                loader: Any = fake.formats[config.load_config.load_format]
+                loader(config.load_config).load_weights(fake.make_model(), config)
+
+            def shutdown(self) -> None:
+                fake.shut_down = True
+
         platform = types.SimpleNamespace(device_type="cpu")
         made = [
             module("vllm", __version__="0.32.0+cpu", __path__=[]),
@@ -253,6 +275,9 @@ class FakeVllm:
             skips,
             distributed,
             self.parallel_state,
+            module("vllm.v1", __path__=[]),
+            module("vllm.v1.executor", __path__=[]),
+            module("vllm.v1.executor.abstract", Executor=Executor),
             module("vllm.platforms", current_platform=platform),
         ]
         return {each.__name__: each for each in made}

@@ -22,6 +22,7 @@ from rdmaload.options import Options, parse_size, takes_none
 from rdmaload.urls import SECRET_TEXT, is_secret_option, redact
 
 __all__ = [
+    "ENVIRONMENT",
     "Commands",
     "Parser",
     "add_command",
@@ -44,7 +45,7 @@ _UNIT_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _HELP_COLUMNS = 79  # what argparse leaves alone, we wrap for the narrowest terminal
 
 _PRINTS = "Progress, warnings and errors, one line each, go to stderr; with --json a failure is a document, too."
-_ENVIRONMENT = (
+ENVIRONMENT = (
     "The variable that -o password_env=NAME (or the url's query) names holds the password. COLUMNS is the width of "
     "this text. rdmaload itself reads nothing else, but what it uses does: for TLS without ca_file and ca_dir OpenSSL "
     "takes authorities from SSL_CERT_FILE and SSL_CERT_DIR, and for s3:// boto3 reads its own (AWS_ACCESS_KEY_ID, "
@@ -103,7 +104,7 @@ def add_command(
     prints: str,
     examples: Sequence[str],
     exits: Mapping[int, str] = MEANINGS,
-    environment: str = _ENVIRONMENT,
+    environment: str = ENVIRONMENT,
 ) -> Parser:
     """A command with the options that all of them have, and help that is complete as a manual page.
 

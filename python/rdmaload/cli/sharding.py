@@ -10,12 +10,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from rdmaload.cli.arguments import Commands, add_command, options_of, whole_number
+from rdmaload.cli.arguments import ENVIRONMENT, Commands, add_command, options_of, whole_number
 from rdmaload.cli.exits import UsageError
 from rdmaload.cli.output import count_text, size_text, write_result
 from rdmaload.cli.transfer import import_torch
 
 __all__ = ["register"]
+
+_VARIABLES = (
+    f"{ENVIRONMENT} The engine reads its own variables; RDMALOAD_CACHE_DIR (else XDG_CACHE_HOME) is where the "
+    "configuration of a model that is given by its url is kept."
+)
 
 
 def register(commands: Commands) -> None:
@@ -31,11 +36,13 @@ def register(commands: Commands) -> None:
         "It needs the engine in this environment, and the devices that the engine needs.",
         prints="The ranks, files and bytes that are published; with --json url, world_size, files, bytes, generation, "
         "layout and identity.",
+        environment=_VARIABLES,
         exits={7: "the weights cannot be saved per rank, or the source was sharded for another set-up"},
         examples=[
-            "rdmaload save-sharded --engine vllm --model /models/llama --url redis://10.0.0.5/llama_tp4 -tp 4",
-            "rdmaload save-sharded --model redis://10.0.0.5/llama --url redis://10.0.0.5/llama_tp2 -tp 2",
-            "rdmaload save-sharded --model ./moe --url redis://h/moe -tp 8 --engine-arg enable_expert_parallel=true",
+            "rdmaload save-sharded --engine vllm --model ./llama --url redis://h/l4 -tp 4",
+            "rdmaload save-sharded --model redis://h/llama --url redis://h/llama_tp2 -tp 2",
+            "rdmaload save-sharded --model ./moe --url redis://h/moe_tp8 -tp 8 \\",
+            "  --engine-arg enable_expert_parallel=true",
         ],
     )
     command.add_argument("--engine", choices=("vllm",), default="vllm", help="which engine (vllm)")
