@@ -30,5 +30,6 @@ def test_files_parallel_sizes_and_identity_are_saved(tmp_path: Path) -> None:
 
 
 def test_a_directory_has_its_own(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="are for a state dict or a module"):
         rdmaload.save(tmp_path, f"memory://{tmp_path.name}/m", identity={"engine": "mine"})

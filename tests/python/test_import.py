@@ -102,7 +102,7 @@ def test_a_function_is_no_module_however_it_was_reached(name: str) -> None:
     code = f"""
 import importlib, pkgutil, rdmaload
 for module in pkgutil.walk_packages(rdmaload.__path__, "rdmaload."):
-    if not module.name.endswith("__main__"):
+    if not module.name.endswith(("__main__", "vllm.loader")):  # the latter needs vLLM
         importlib.import_module(module.name)
 from rdmaload import {name} as imported
 assert callable(rdmaload.{name}) and callable(imported), rdmaload.{name}

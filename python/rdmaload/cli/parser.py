@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 
 from rdmaload import __version__
@@ -37,6 +38,15 @@ examples:
   rdmaload doctor redis://10.0.0.5"""
 
 
+class _ListOfCommands(argparse.RawDescriptionHelpFormatter):
+    """Leaves room for the longest command: argparse forgets that commands are indented deeper than options."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            self._action_max_length += self._indent_increment
+
+
 class _Whole(Parser):
     def format_help(self) -> str:
         self.epilog = _EPILOG.format(options=options_manual())  # here: no other command need wait for it
@@ -45,7 +55,7 @@ class _Whole(Parser):
 
 def make_parser() -> Parser:
     """A new parser; its result has `run`, the function of the command."""
-    parser = _Whole(prog="rdmaload", description=_DESCRIPTION)
+    parser = _Whole(prog="rdmaload", description=_DESCRIPTION, formatter_class=_ListOfCommands)
     parser.add_argument("--version", action="version", version=f"rdmaload {__version__}")
     # Set by every command, but also read when parsing has not come that far.
     parser.set_defaults(json=False)

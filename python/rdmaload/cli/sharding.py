@@ -41,8 +41,7 @@ def register(commands: Commands) -> None:
         examples=[
             "rdmaload save-sharded --engine vllm --model ./llama --url redis://h/l4 -tp 4",
             "rdmaload save-sharded --model redis://h/llama --url redis://h/llama_tp2 -tp 2",
-            "rdmaload save-sharded --model ./moe --url redis://h/moe_tp8 -tp 8 \\",
-            "  --engine-arg enable_expert_parallel=true",
+            "rdmaload save-sharded --model ./m --url redis://h/m --engine-arg dtype=half",
         ],
     )
     command.add_argument("--engine", choices=("vllm",), default="vllm", help="which engine (vllm)")
@@ -123,7 +122,8 @@ def _stdout_to_stderr() -> Iterator[None]:
     kept = os.dup(1)
     try:
         os.dup2(2, 1)
-        yield
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     finally:
         sys.stdout.flush()
         os.dup2(kept, 1)
