@@ -162,7 +162,8 @@ TEST_CASE("a read costs one work request per segment, and one for its reply") {
     CHECK((memory == value));
     REQUIRE(eventually([&] { return running.counters().rdma_work_requests >= before + kReads; }));
     // Replies that are ready together share a write; now and then a window is announced, or it says that it
-    // lives: every three seconds, which a busy machine may take for this. A third request per read is far off.
+    // lives: every three seconds, which a busy machine may take for this. A third request per read is far
+    // off.
     CHECK(running.counters().rdma_work_requests - before <= 2 * kReads + 30);
   }
   CHECK(running.counters().rdma_direct_bytes == 2 * kReads * kChunk);
