@@ -15,8 +15,8 @@ def cache_entries(
 ) -> tuple[list[tuple[str, str]], str]:
     """Name and description of each file in a cache, and why some are not kept ("" when all are).
 
-    The version is part of both: the generation of a model in format 1, the ETag of a file. What has none, or a weak
-    one, gets no name, and the list is empty when nothing has one. No secret is in either. Files are kept in blocks of
+    The version is part of both: the generation of a model in format 1, the strong ETag of a file. What has none gets
+    no name, and the list is empty when nothing has one. No secret is in either. Files are kept in blocks of
     `block_bytes`, and those of another size are other files there.
     """
     place = connector.cache_identity()
@@ -32,7 +32,9 @@ def cache_entries(
 def _version(connector: Connector, file: IndexFile, generation: str | None) -> str | None:
     if isinstance(connector, KeyValueConnector):
         return None if file.key is not None or generation is None else f"{generation}/{file.number}"
-    return None if file.etag is None or file.etag.startswith("W/") else file.etag
+    # Strong as HTTP writes it, in quotes: a date, which some stores give instead, outlives a change within its second.
+    strong = file.etag is not None and len(file.etag) > 2 and file.etag[0] == file.etag[-1] == '"'
+    return file.etag if strong else None
 
 
 def _entry(place: str, file: IndexFile, version: str | None, block_bytes: int) -> tuple[str, str]:

@@ -339,9 +339,10 @@ class StoreReader:
                     spare.extend(batch.arenas)
                 del batch  # its memory is free before more is asked for
         finally:
-            for batch in ahead:
+            forked = os.getpid() != self._maker  # then nobody here completes them, and nothing of them is ours
+            for batch in ahead if not forked else ():
                 batch.operation.cancel()
-            if road is not None:  # torch may give the tensors' memory to others as soon as we return
+            if road is not None and not forked:  # torch may give the tensors' memory to others as soon as we return
                 for batch in ahead:
                     while not batch.operation.wait_for(_TICK_SECONDS):
                         pass

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 import rdmaload
 from rdmaload._core import crc32c
 from rdmaload.connectors.local import LocalConnector
+from rdmaload.disk_cache import cache_entries
 from rdmaload.errors import IntegrityError
 from rdmaload.file_manifest import FILE_MANIFEST, file_index_path
 from rdmaload.index import Index, IndexFile, index_of_files
@@ -192,6 +194,22 @@ def test_what_has_no_version_is_not_kept(
         rdmaload.load(url, cache_dir=cache, stats=stats)
         assert stats.cached_bytes == 0
         assert "nothing tells one version" in (stats.fallback_reason or "")
+
+
+@pytest.mark.parametrize(
+    "version", [None, 'W/"weak"', "Wed, 21 Oct 2026 07:28:00 GMT", "0f343b0931126a20f133d67c2b018a3b"]
+)
+def test_only_strong_tags_name_a_version(version: str | None, tmp_path: Path) -> None:
+    """A date outlives a change within its second, and what is not in quotes may be one."""
+    file = IndexFile("m.safetensors", 10, 0, etag=version)
+    with LocalConnector(parse_url(str(tmp_path))) as connector:
+        names, reason = cache_entries(connector, Index.of([file], chunk_bytes=None), None, PAGE)
+        assert names == []
+        assert "without a strong ETag" in reason
+        names, reason = cache_entries(
+            connector, Index.of([replace(file, etag='"strong"')], chunk_bytes=None), None, PAGE
+        )
+        assert (len(names), reason) == (1, "")
 
 
 @pytest.mark.parametrize("kind", ["a flipped bit", "zeros", "a table that lies", "cut", "another header"])

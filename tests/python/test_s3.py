@@ -20,6 +20,7 @@ from rdmaload.connectors.s3 import S3Connector
 from rdmaload.errors import (
     AlreadyExistsError,
     AuthenticationError,
+    FormatError,
     IntegrityError,
     LayoutMismatchError,
     LoadTimeoutError,
@@ -31,7 +32,7 @@ from rdmaload.errors import (
 )
 from rdmaload.stats import LoadStats
 from tests.support.certificates import Authority
-from tests.support.checkpoints import Checkpoint, compare, llama_like
+from tests.support.checkpoints import Checkpoint, compare, llama_like, make_checkpoint
 from tests.support.s3 import ConnectProxy, HttpObjects, Reply, Request, boto_client, moto_s3, s3_url
 from tests.support.servers import RedisServer
 
@@ -553,6 +554,42 @@ def test_lies_are_refused_by_name(tiny_checkpoint: Checkpoint, lie: object, erro
     assert caught.value.key is not None
     assert "hush" not in str(caught.value)
     assert "Signature" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("lie", "error", "words"),
+    [
+        (
+            lambda honest, all_of_it: Reply(200, {"ETag": honest.headers["ETag"]}, all_of_it),
+            NotSupportedError,
+            "ranges",
+        ),
+        (
+            lambda honest, all_of_it: Reply(
+                206, honest.headers | {"Content-Range": f"bytes 5-{4 + len(honest.body)}/{len(all_of_it)}"}, honest.body
+            ),
+            FormatError,
+            "asked for bytes",
+        ),
+        (
+            lambda honest, all_of_it: Reply(206, honest.headers | {"ETag": '"other"'}, honest.body),
+            IntegrityError,
+            "replaced",
+        ),
+    ],
+)
+def test_lies_are_refused_where_a_copy_reads_by_boto(tmp_path: Path, lie: object, error: type, words: str) -> None:
+    checkpoint = make_checkpoint(tmp_path / "m", {"w": ("U8", [20 << 20])})  # longer than what is read at once
+    objects = objects_of(checkpoint)
+
+    def lies(request: Request, honest: Reply) -> Reply:
+        if "if-match" not in request.headers:  # what opening the model asks is answered well
+            return honest
+        return lie(honest, objects[request.path])  # type: ignore[operator]
+
+    with HttpObjects(objects, lies) as server, pytest.raises(error, match=words) as caught:
+        rdmaload.save(bent_url(server, retry_timeout=0.2), tmp_path / "copy")
+    assert caught.value.key is not None
 
 
 def test_a_url_that_expired_on_the_way_is_signed_anew(tiny_checkpoint: Checkpoint) -> None:

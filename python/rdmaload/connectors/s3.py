@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -47,6 +48,7 @@ _URL_SECONDS = 3600
 _URL_MARGIN_SECONDS = 300
 
 _KEPT = ".rdmaload/"
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.ASCII)
 _ATTEMPTS = 3  # of botocore's, each of which tries a request several times
 _MAX_SMALL_BYTES = 64 * 2**20  # read whole by read_small(): a manifest or an index
 
@@ -155,15 +157,16 @@ class S3Connector(ObjectConnector):
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
-        client = session.client(
-            "s3",
-            region_name=session.region_name or "us-east-1",
-            endpoint_url=options.endpoint_url,
-            config=config,
-            verify=(ca_file or None) if options.verify_tls else False,
-        )
+        verify = (ca_file or None) if options.verify_tls else False
+
+        def client_in(region: str) -> Any:
+            return session.client(
+                "s3", region_name=region, endpoint_url=options.endpoint_url, config=config, verify=verify
+            )
+
+        client = client_in(session.region_name or "us-east-1")
         if options.region is None and session.region_name is None and options.endpoint_url is None:
-            client = self._in_region_of_bucket(session, client, config)
+            client = self._in_region_of_bucket(client, client_in)
         self._proxies = get_environ_proxies(client.meta.endpoint_url) or {}
         with contextlib.suppress(NotSupportedError):  # without OpenSSL, http:// works all the same
             self._tls = native_context(
@@ -171,7 +174,7 @@ class S3Connector(ObjectConnector):
             )
         return client
 
-    def _in_region_of_bucket(self, session: Any, client: Any, config: Any) -> Any:
+    def _in_region_of_bucket(self, client: Any, client_in: Callable[[str], Any]) -> Any:
         """A url that is signed for another region than the bucket's is refused: ask where it is."""
         from botocore.exceptions import ClientError
 
@@ -183,7 +186,7 @@ class S3Connector(ObjectConnector):
         if region in (None, client.meta.region_name):
             return client
         client.close()
-        return session.client("s3", region_name=region, config=config)
+        return client_in(region)
 
     # ---- reading ----
 
@@ -249,12 +252,13 @@ class S3Connector(ObjectConnector):
             from botocore.exceptions import ClientError
 
             try:
-                body = client.get_object(**asked)["Body"]
+                answer = client.get_object(**asked)
             except ClientError as err:
                 if err.response.get("Error", {}).get("Code") in ("InvalidRange", "416"):
                     return 0  # it begins behind the end
                 raise
-            with contextlib.closing(body):
+            with contextlib.closing(answer["Body"]) as body:
+                self._check_answer(path, answer, offset, len(view))
                 done = 0
                 while done < len(view):
                     got = body.readinto(view[done:])
@@ -264,6 +268,38 @@ class S3Connector(ObjectConnector):
                 return done
 
         return self._tried("read", path, read)
+
+    def _check_answer(self, path: str, answer: Mapping[str, Any], offset: int, count: int) -> None:
+        """Refuse an answer that has other bytes than those asked for, or those of another version."""
+        pinned, etag = self._etags.get(path), answer.get("ETag")
+        if pinned and etag and _quoted(etag) != pinned:
+            raise IntegrityError(
+                f"{path} in {self.url} was replaced (its ETag is {etag}, not {pinned}): open the model again",
+                url=self.url,
+                key=path,
+            )
+        found = _CONTENT_RANGE.fullmatch(answer.get("ContentRange") or "")
+        if found is not None:
+            first, last = int(found[1]), int(found[2])
+            if (
+                first == offset
+                and first <= last < offset + count
+                and (last == offset + count - 1 or found[3] in ("*", str(last + 1)))
+            ):
+                return
+            raise FormatError(
+                f"{path} in {self.url}: asked for bytes {offset}-{offset + count - 1}, the store sends {first}-{last}",
+                url=self.url,
+                key=path,
+            )
+        if offset == 0 and answer.get("ContentLength", count + 1) <= count:
+            return  # all there is, and no more than that was asked for
+        raise NotSupportedError(
+            f"{path} in {self.url}: asked for bytes {offset}-{offset + count - 1}, the store sends the whole object: "
+            "it does not support ranges",
+            url=self.url,
+            key=path,
+        )
 
     def read_small(self, path: str) -> bytes | None:
         key = self._key(path)
@@ -341,7 +377,9 @@ class S3Connector(ObjectConnector):
             pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=self._prefix)
             for page in pages:
                 for entry in page.get("Uploads", ()):
-                    if entry["Initiated"].timestamp() < older_than:
+                    path = entry["Key"][len(self._prefix) :]
+                    # Deeper keys may be another model's, or nobody's of ours.
+                    if "/" not in path and self._prefix and entry["Initiated"].timestamp() < older_than:
                         client.abort_multipart_upload(Bucket=self._bucket, Key=entry["Key"], UploadId=entry["UploadId"])
                         count += 1
         return count
