@@ -6,8 +6,10 @@ import gc
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,11 @@ import rdmaload
 from benchmarks import device as device_benchmark
 from rdmaload import _core, devices
 from rdmaload.cli.host_checks import host_checks
+from rdmaload.connectors import registry
+from rdmaload.connectors.memory import MemoryConnector, forget_store
 from rdmaload.errors import DeviceError, PartialLoadError
 from rdmaload.reader import Batch, StoreReader
-from tests.support.checkpoints import Checkpoint
+from tests.support.checkpoints import Checkpoint, make_checkpoint
 from tests.support.fake_gpu import FakeGpu
 
 
@@ -338,6 +342,42 @@ def test_a_forked_process_is_refused_and_ends_cleanly(gpu: FakeGpu, small: Path)
     for name, tensor in stored(small).items():
         assert same(gpu.seen(first[name]), tensor), name
         assert same(gpu.seen(again[name]), tensor), name
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_process_does_not_wait_for_its_parents_reads(
+    gpu: FakeGpu, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+
+    class Gated(MemoryConnector):
+        """The last chunk comes when the gate is open."""
+
+        def get_into(self, key: str, buffer: memoryview) -> int:
+            assert not key.endswith("/3") or gate.wait(20)
+            return super().get_into(key, buffer)
+
+    monkeypatch.setitem(registry._registered, "gated", Gated)
+    checkpoint = make_checkpoint(tmp_path / "m", {f"t{i}": ("U8", [100_000]) for i in range(4)})
+    rdmaload.save(checkpoint.directory, f"memory://{model}/m", chunk_bytes=110_000)
+    with rdmaload.open(f"gated://{model}/m") as opened:
+        tensors = opened.weight_iterator(device="cuda:0", window_bytes=400_000)
+        delivered = dict([next(tensors)])
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)  # rather than for ever
+            try:
+                tensors.close()  # type: ignore[attr-defined]
+            except BaseException:
+                os._exit(3)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        gate.set()
+        delivered |= dict(tensors)
+    forget_store(model)
+    assert code == 0
+    for name, tensor in stored(checkpoint.directory).items():
+        assert same(gpu.seen(delivered[name]), tensor), name
 
 
 def test_cast_and_strided_targets_take_bounded_extra_memory(gpu: FakeGpu, small: Path) -> None:
