@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -308,23 +309,33 @@ def measure(
         result["seconds"] = time.monotonic() - begin
         report(result)
 
+    def attempt(part: str, work: Callable[[], object]) -> None:
+        """The parts do not depend on each other: what one cannot do costs no other its turn."""
+        try:
+            value = work()
+        except Exception as error:
+            value = {"error": f"{type(error).__name__}: {error}"}
+        done(part, value)
+
     with sources(directory, redis) as urls:
         parts = len(urls) + 3
         for number, (kind, url) in enumerate(urls.items(), start=1):
             if kind == "file":
                 machine.warm_page_cache(directory)
             until = begin + seconds * number / parts
-            done(kind, compare(url, directory, nbytes, device, limit, rounds, until))
+            attempt(kind, partial(compare, url, directory, nbytes, device, limit, rounds, until))
         until = begin + seconds * (len(urls) + 1) / parts
-        done("verify_device", timed(lambda: rdmaload.load(urls["server"], device=device, verify_device="on")))
+        checked = partial(rdmaload.load, urls["server"], device=device, verify_device="on")
+        attempt("verify_device", lambda: timed(checked))
         machine.warm_page_cache(directory)
-        done("staging_file", staging_sweep(urls["file"], nbytes, device, until, stagings, pieces))
+        attempt("staging_file", partial(staging_sweep, urls["file"], nbytes, device, until, stagings, pieces))
         until = begin + seconds * (len(urls) + 2) / parts
-        done("staging_server", staging_sweep(urls["server"], nbytes, device, until, stagings, pieces[:1]))
-        done("page_locking", page_locking(urls["file"], device))
-        done("all_devices", all_devices(urls["file"], nbytes, device))
+        attempt("staging_server", partial(staging_sweep, urls["server"], nbytes, device, until, stagings, pieces[:1]))
+        attempt("page_locking", partial(page_locking, urls["file"], device))
+        attempt("all_devices", partial(all_devices, urls["file"], nbytes, device))
         if time.monotonic() < begin + seconds:  # last: disks are slow
-            cold = compare(
+            cold = partial(
+                compare,
                 urls["file"],
                 directory,
                 nbytes,
@@ -334,7 +345,7 @@ def measure(
                 begin + seconds,
                 lambda: machine.drop_from_page_cache(directory),
             )
-            done("file_cold", cold)
+            attempt("file_cold", cold)
     return result
 
 

@@ -75,7 +75,7 @@ def facts() -> dict[str, object]:
         "congestion_controls_available": (_text(AVAILABLE) or "").split(),
         "transparent_hugepage": _selected(THP / "enabled"),
         "transparent_hugepage_defrag": _selected(THP / "defrag"),
-        "redis_server": version.stdout.split("v=")[-1].split()[0] if version else None,
+        "redis_server": version.stdout.split("v=")[-1].split()[0] if version and "v=" in version.stdout else None,
         "python": platform.python_version(),
         **{package: _version(package) for package in ("rdmaload", "torch", "safetensors", "redis", "hiredis", "numpy")},
     }

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
@@ -24,9 +24,11 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for the packages tests.support and benchmarks
 
 from tests.support import checkpoints  # noqa: E402
-from tests.support.certificates import Authority  # noqa: E402
 from tests.support.servers import RedisServer, ServerError  # noqa: E402
 from tests.support.weight_server import WeightServer  # noqa: E402
+
+if TYPE_CHECKING:
+    from tests.support.certificates import Authority
 
 # How long what a module started may take to end; joining threads and closing sockets needs
 # milliseconds.
@@ -83,6 +85,8 @@ def redis_server() -> Iterator[RedisServer]:
 @pytest.fixture(scope="session")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     """Whom the tests' TLS servers are certified by."""
+    from tests.support.certificates import Authority  # needs cryptography, which a machine with a GPU may lack
+
     return Authority(tmp_path_factory.mktemp("authority"))
 
 
