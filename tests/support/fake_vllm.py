@@ -145,7 +145,7 @@ class DefaultModelLoader:
 
 
 class Group:
-    """A group of ranks: `first` is what its first rank sends."""
+    """A group of ranks: `first` is what its first rank sends, and every rank is on a node of its own."""
 
     def __init__(self, rank: int, size: int, first: Any = None) -> None:
         self.rank_in_group = rank
@@ -158,6 +158,25 @@ class Group:
             self.first = obj
             return obj
         return self.first
+
+    @property
+    def cpu_group(self) -> Group:
+        return self
+
+
+def all_gather_object(values: list[Any], value: Any, group: Group) -> None:
+    """torch.distributed's, for the groups above; a real process group goes its way."""
+    if not isinstance(group, Group):
+        return _all_gather_object(values, value, group=group)
+    values[:] = [value if rank == group.rank_in_group else _of(rank, value) for rank in range(group.world_size)]
+    return None
+
+
+def _of(rank: int, value: Any) -> Any:
+    return [_of(rank, each) for each in value] if isinstance(value, list) else f"{rank} {value}"
+
+
+_all_gather_object = torch.distributed.all_gather_object
 
 
 class Layers(torch.nn.Module):
@@ -294,4 +313,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeVllm:
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, "rdmaload.integrations.vllm.loader", raising=False)
     monkeypatch.delenv("RDMALOAD_VLLM_PLUGIN", raising=False)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
     return fake

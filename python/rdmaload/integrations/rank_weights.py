@@ -1,7 +1,7 @@
 """The weights of one rank: the one place that engines take them from.
 
-A rank of a sharded model reads its own part. Of an unsharded checkpoint every rank reads whatever its engine wants,
-which is nearly all of it; a way to read once per node goes into `checkpoint_weights`, behind the same iterator.
+A rank of a sharded model reads its own part. Of an unsharded checkpoint every rank wants nearly all, so that the ranks
+of one node read it once, together.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rdmaload.errors import LayoutMismatchError
 from rdmaload.model import Model
+from rdmaload.node_group import NodeGroup
 from rdmaload.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -25,10 +26,12 @@ def checkpoint_weights(
     device: str | torch.device = "cpu",
     wanted: Callable[[TensorSpec], bool] | None = None,
     window_bytes: int | None = None,
+    node: NodeGroup | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of an unsharded checkpoint that are `wanted` (default: all), in the order file, then offset.
 
-    What is not wanted is not read. Raises LayoutMismatchError for a sharded model.
+    What is not wanted is not read. With `node` the members of that group read together, and must want the same. Raises
+    LayoutMismatchError for a sharded model.
     """
     if model.kind == "sharded":
         raise LayoutMismatchError(
@@ -44,7 +47,7 @@ def checkpoint_weights(
             include = None
         elif not include:
             return iter(())
-    return model.weight_iterator(device=device, include=include, window_bytes=window_bytes)
+    return model.weight_iterator(device=device, include=include, window_bytes=window_bytes, node=node)
 
 
 def load_shard(model: Model, state: Mapping[str, torch.Tensor], rank: int, *, optional: tuple[str, ...] = ()) -> None:

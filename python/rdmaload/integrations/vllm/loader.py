@@ -14,7 +14,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from rdmaload.integrations.vllm import set_up
 from rdmaload.integrations.vllm.options import LoaderOptions
 from rdmaload.integrations.vllm.ranks import Ranks
 from rdmaload.model import Model
+from rdmaload.node_group import NodeGroup
 from rdmaload.tensors import TensorSpec
 from rdmaload.urls import parse_url, with_option
 from rdmaload.weights import weight_files_of
@@ -51,6 +52,7 @@ class RdmaloadModelLoader(DefaultModelLoader):  # type: ignore[misc]  # no types
     def __init__(self, load_config: Any) -> None:
         self.rdmaload_options = LoaderOptions.parse(load_config.model_loader_extra_config)
         self._pinned_urls: dict[str, str] = {}
+        self._node_group: tuple[NodeGroup | None] | None = None  # once the ranks have agreed on it
         # What the model adds from elsewhere (`secondary_weights`) is loaded by vLLM in its own way.
         plain = copy.copy(load_config)
         plain.load_format = "auto"
@@ -70,6 +72,7 @@ class RdmaloadModelLoader(DefaultModelLoader):  # type: ignore[misc]  # no types
         return model
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+        self._node(model_config)
         with self._open(model_config) as stored:
             if stored.kind == "sharded":
                 self._load_shard(stored, model, model_config)
@@ -80,6 +83,7 @@ class RdmaloadModelLoader(DefaultModelLoader):  # type: ignore[misc]  # no types
             self._save_shard(self.rdmaload_options.save_to, model, model_config)
 
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        node = self._node(model_config)
         with self._open(model_config) as stored:
             if stored.kind == "sharded":
                 raise NotSupportedError(
@@ -89,9 +93,12 @@ class RdmaloadModelLoader(DefaultModelLoader):  # type: ignore[misc]  # no types
                 )
             self.counter_before_loading_weights = time.perf_counter()
             device, window_bytes = self._destination()
-            yield from checkpoint_weights(stored, device=device, wanted=self._wanted(model), window_bytes=window_bytes)
-            stats = stored.stats
-            _log.info("%s: %.3f GB in %.2f s by %s", stored.url, stats.bytes / 1e9, stats.seconds, stats.path)
+            for wanted, group in self._parts(model, node if self._reads_once(stored) else None):
+                yield from checkpoint_weights(
+                    stored, device=device, wanted=wanted, window_bytes=window_bytes, node=group
+                )
+                stats = stored.stats
+                _log.info("%s: %.3f GB in %.2f s by %s", stored.url, stats.bytes / 1e9, stats.seconds, stats.path)
         for source in getattr(model, "secondary_weights", ()):
             if source.model_or_path == model_config.model and names.is_ours(getattr(model_config, "model_weights", "")):
                 raise NotSupportedError(
@@ -170,20 +177,38 @@ class RdmaloadModelLoader(DefaultModelLoader):  # type: ignore[misc]  # no types
             return torch.device("cpu"), None
         return target, _DEVICE_WINDOW_BYTES
 
-    def _wanted(self, model: torch.nn.Module) -> Any:
-        """Which of the checkpoint's tensors to read: as vLLM's own loader, by the model's wishes and by experts."""
+    def _node(self, model_config: Any) -> NodeGroup | None:
+        """The ranks that read together with this one. All ranks come here before anything can fail in one of them."""
+        if self.rdmaload_options.read_once == "off" or _is_draft(model_config):
+            return None
+        if self._node_group is None:
+            self._node_group = (Ranks.here().node_group(),)
+        return self._node_group[0]
+
+    def _reads_once(self, stored: Model) -> bool:
+        return self.rdmaload_options.read_once == "on" or parse_url(stored.url).scheme != "file"
+
+    def _parts(
+        self, model: torch.nn.Module, node: NodeGroup | None
+    ) -> Iterator[tuple[Callable[[TensorSpec], bool], NodeGroup | None]]:
+        """Which of the checkpoint's tensors to read, and who with: as vLLM's own loader, by the model's wishes and by
+        experts. Of experts that are spread over the ranks each reads its own, after what all of them need."""
         patterns = getattr(model, "allow_patterns_overrides", None)
         is_unused = getattr(model, "is_unused_checkpoint_weight", None)
         experts = getattr(self, "local_expert_ids", None)
 
-        def wanted(spec: TensorSpec) -> bool:
+        def by_model(spec: TensorSpec) -> bool:
             if patterns is not None and not any(fnmatchcase(spec.file, pattern) for pattern in patterns):
                 return False
-            if is_unused is not None and is_unused(spec.name):
-                return False
-            return experts is None or not _skips(spec.name, experts)
+            return is_unused is None or not is_unused(spec.name)
 
-        return wanted
+        if experts is None:
+            yield by_model, node
+        elif node is None:
+            yield lambda spec: by_model(spec) and not _skips(spec.name, experts), None
+        else:
+            yield lambda spec: by_model(spec) and not _skips(spec.name, set()), node
+            yield (lambda spec: by_model(spec) and _skips(spec.name, set()) and not _skips(spec.name, experts)), None
 
     # ---- a rank's own state ------------------------------------------------------------------
 

@@ -12,7 +12,11 @@ from rdmaload.options import Options
 
 __all__ = ["LoaderOptions"]
 
-_DEVICES = ("auto", "cpu", "target")
+_CHOICES = {
+    "device": ("auto", "cpu", "target"),
+    "read_once": ("auto", "on", "off"),
+    "save_layout": ("rdmaload", "sglang"),
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,9 @@ class LoaderOptions:
     device: Literal["auto", "cpu", "target"] = "auto"
     """Where a checkpoint's tensors arrive: in the GPU at once ("target"), in host memory ("cpu"), or "auto": in the GPU
     when one rank takes them whole."""
+    read_once: Literal["auto", "on", "off"] = "auto"
+    """Whether the ranks of one node read a checkpoint once, together: "auto" leaves directories of this machine to
+    each rank, as the kernel caches them."""
     accept_version: bool = False
     """Whether a sharded model may be of another version of the engine."""
     save_to: str | None = None
@@ -54,7 +61,7 @@ class LoaderOptions:
         for name, kind in (("url", str), ("save_to", str), ("save_id", str), ("accept_version", bool)):
             if not isinstance(extra.get(name), (kind, type(None))):
                 raise UrlError(f"the loader's option {name} must be a {kind.__name__}, not {extra[name]!r}")
-        for name, choices in (("device", _DEVICES), ("save_layout", ("rdmaload", "sglang"))):
+        for name, choices in _CHOICES.items():
             if extra.get(name, choices[0]) not in choices:
                 raise UrlError(f"the loader's option {name} must be one of {', '.join(choices)}, not {extra[name]!r}")
         store = {name: value for name, value in extra.items() if name not in own}

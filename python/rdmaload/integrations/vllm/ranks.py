@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rdmaload.node_group import NodeGroup
 
 __all__ = ["Ranks"]
 
@@ -61,3 +66,40 @@ class Ranks:
         for group in groups:
             value = group().broadcast_object(value, src=0)
         return value
+
+    def node_group(self) -> NodeGroup | None:
+        """Those ranks of the replica that run on this node; None where this one is alone there.
+
+        Every rank of the replica must call it.
+        """
+        from vllm.distributed import parallel_state
+
+        if self.world_size == 1:
+            return None
+        places = _gathered(parallel_state.get_tp_group(), _gathered(parallel_state.get_pp_group(), _place()))
+        name = self.agree(f"vllm-{secrets.token_hex(12)}")  # of no other engine, whatever it loads
+        here = [(tp, pp) for tp, stages in enumerate(places) for pp, place in enumerate(stages) if place == _place()]
+        return None if len(here) < 2 else NodeGroup(name, here.index((self.tp, self.pp)), len(here))
+
+
+def _gathered(group: Any, value: _Value) -> list[_Value]:
+    """What each rank of one of vLLM's groups gave."""
+    values: list[Any] = [value] * group.world_size
+    if group.world_size > 1:
+        import torch.distributed
+
+        torch.distributed.all_gather_object(values, value, group=group.cpu_group)
+    return values
+
+
+def _place() -> str:
+    """The same in two processes that reach each other by an abstract socket: of one kernel, one network namespace (as
+    the containers of a pod, say) and one user."""
+    try:
+        kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{kernel} {os.readlink('/proc/self/ns/net')} {os.getuid()}"
+    except OSError:  # a sandbox without them
+        return _NOWHERE
+
+
+_NOWHERE = secrets.token_hex()  # of this process alone
