@@ -3,7 +3,10 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <functional>
+#include <map>
 #include <variant>
+#include <vector>
 
 #include "bindings/crcs.h"
 #include "bindings/device_destination.h"
@@ -73,12 +76,38 @@ std::shared_ptr<StoreLayout> make_layout(
   return layout;
 }
 
-py::tuple describe(const IndexedTensor& tensor) {
-  const TensorInfo& info = tensor.info;
-  py::tuple shape(info.shape.size());
-  for (size_t i = 0; i < info.shape.size(); ++i) shape[i] = info.shape[i];
-  return py::make_tuple(info.name, dtype_name(info.dtype), std::move(shape), tensor.file,
-                        info.end - info.begin);
+// An iterator over rows that are made when they are asked for: a list of 20,000 tuples would set off a
+// collection of all of Python's objects, which takes longer than reading those tensors.
+class Rows {
+ public:
+  Rows(size_t count, std::function<py::tuple(size_t)> row) : count_(count), row_(std::move(row)) {}
+
+  py::tuple next() {
+    if (next_ == count_) throw py::stop_iteration();
+    return row_(next_++);
+  }
+  size_t left() const { return count_ - next_; }
+
+ private:
+  size_t count_;
+  size_t next_ = 0;
+  std::function<py::tuple(size_t)> row_;  // keeps alive what it reads
+};
+
+Rows rows_of(std::shared_ptr<TensorIndex> index) {
+  const size_t count = index->tensors().size();
+  std::map<std::vector<uint64_t>, py::tuple> shapes;  // equal shapes are one tuple
+  return {count, [index = std::move(index), shapes = std::move(shapes)](size_t position) mutable {
+            const IndexedTensor& tensor = index->tensors()[position];
+            const TensorInfo& info = tensor.info;
+            auto [shape, is_new] = shapes.try_emplace({info.shape.begin(), info.shape.end()});
+            if (is_new) {
+              shape->second = py::tuple(info.shape.size());
+              for (size_t i = 0; i < info.shape.size(); ++i) shape->second[i] = info.shape[i];
+            }
+            return py::make_tuple(info.name, dtype_name(info.dtype), shape->second, tensor.file,
+                                  info.end - info.begin);
+          }};
 }
 
 using Seconds = std::chrono::duration<double>;
@@ -99,6 +128,11 @@ py::tuple describe(const ReadTrace& read) {
 }  // namespace
 
 void register_loader(py::module_& module) {
+  py::class_<Rows>(module, "Rows")
+      .def("__iter__", [](Rows& self) -> Rows& { return self; })
+      .def("__next__", &Rows::next)
+      .def("__length_hint__", &Rows::left);
+
   py::class_<TensorIndex, std::shared_ptr<TensorIndex>>(module, "TensorIndex")
       .def(py::init<>())
       .def(
@@ -126,11 +160,7 @@ void register_loader(py::module_& module) {
       .def("add_blocks", &TensorIndex::add_blocks, py::arg("file"), py::arg("file_bytes"),
            py::arg("block_bytes"))
       .def("__len__", [](const TensorIndex& self) { return self.tensors().size(); })
-      .def("tensors", [](const TensorIndex& self) {
-        py::list list(self.tensors().size());
-        for (size_t i = 0; i < self.tensors().size(); ++i) list[i] = describe(self.tensors()[i]);
-        return list;
-      });
+      .def("tensors", &rows_of);
 
   py::class_<StoreLayout, std::shared_ptr<StoreLayout>>(module, "StoreLayout")
       .def(py::init(&make_layout), py::arg("files"), py::arg("chunk_bytes"), py::arg("object_per_chunk"),
@@ -154,13 +184,12 @@ void register_loader(py::module_& module) {
       .def_property_readonly("files", &LoadPlan::files)
       .def_property_readonly("reads", [](const LoadPlan& self) { return self.reads.size(); })
       .def_property_readonly("segments", [](const LoadPlan& self) { return self.segments.size(); })
-      .def("placements", [](const LoadPlan& self) {
-        py::list list(self.placements.size());
-        for (size_t i = 0; i < self.placements.size(); ++i) {
-          const Placement& placed = self.placements[i];
-          list[i] = py::make_tuple(placed.tensor, placed.region, placed.offset);
-        }
-        return list;
+      .def("placements", [](std::shared_ptr<LoadPlan> self) {
+        const size_t count = self->placements.size();
+        return Rows(count, [self = std::move(self)](size_t i) {
+          const Placement& placed = self->placements[i];
+          return py::make_tuple(placed.tensor, placed.region, placed.offset);
+        });
       });
 
   module.def(

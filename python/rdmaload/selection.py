@@ -17,7 +17,7 @@ from rdmaload.tensors import TensorSpec, export_tensor
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Patterns", "RankTensors", "as_patterns", "is_selected", "placed_tensors", "plans_of", "tensors_of"]
+__all__ = ["Names", "Patterns", "RankTensors", "as_patterns", "is_selected", "placed_tensors", "plans_of", "tensors_of"]
 
 Patterns = str | Sequence[str] | None
 
@@ -46,6 +46,20 @@ def is_selected(name: str, include: list[str] | None, exclude: list[str] | None)
     if include is not None and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
         return False
     return exclude is None or not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+
+
+class Names:
+    """The names that each stored tensor is delivered under: `tied` where it has some, else its own.
+
+    No list for each tensor: the collector of Python's objects would walk all 20,000 of them.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec], tied: Mapping[int, list[str]]) -> None:
+        self._specs = specs
+        self._tied = tied
+
+    def __getitem__(self, position: int) -> Sequence[str]:
+        return self._tied.get(position) or (self._specs[position].name,)
 
 
 class RankTensors:
@@ -84,7 +98,7 @@ class RankTensors:
             if name not in self.position or alias in self.position:
                 raise FormatError(f"{url}: tied name {alias} does not stand for a stored tensor ({name})", url=url)
 
-    def select(self, include: Patterns, exclude: Patterns) -> tuple[list[int], dict[int, list[str]]]:
+    def select(self, include: Patterns, exclude: Patterns) -> tuple[list[int], Names]:
         """Positions to read in file order, and the names that each is delivered under."""
         wanted, include = _divided(as_patterns(include))
         unwanted, exclude = _divided(as_patterns(exclude))
@@ -92,14 +106,16 @@ class RankTensors:
         def chosen(name: str) -> bool:
             return name not in unwanted and is_selected(name, None if name in wanted else include, exclude)
 
-        names: dict[int, list[str]] = {}
-        for position, spec in enumerate(self.specs):
-            if chosen(spec.name):
-                names.setdefault(position, []).append(spec.name)
+        everything = include is None and exclude is None and not unwanted
+        positions = [i for i, spec in enumerate(self.specs) if everything or chosen(spec.name)]
+        tied: dict[int, list[str]] = {}
         for alias, name in self.tied.items():
             if chosen(alias):
-                names.setdefault(self.position[name], []).append(alias)
-        return sorted(names), names
+                position = self.position[name]
+                own = [name] if chosen(name) else []
+                tied.setdefault(position, own).append(alias)
+        positions += [position for position, names in tied.items() if self.specs[position].name not in names]
+        return sorted(positions), Names(self.specs, tied)
 
 
 def plans_of(
@@ -129,7 +145,7 @@ def plans_of(
 
 
 def placed_tensors(
-    batch: Batch, weights: RankTensors, names: Mapping[int, list[str]]
+    batch: Batch, weights: RankTensors, names: Names | Mapping[int, Sequence[str]]
 ) -> Iterator[tuple[int, str, torch.Tensor]]:
     if batch.tensors:
         for (position, _, _), tensor in zip(batch.plan.placements(), batch.tensors, strict=True):
@@ -144,7 +160,7 @@ def placed_tensors(
 
 
 def tensors_of(
-    batch: Batch, weights: RankTensors, names: Mapping[int, list[str]]
+    batch: Batch, weights: RankTensors, names: Names | Mapping[int, Sequence[str]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for _, name, tensor in placed_tensors(batch, weights, names):
         yield name, tensor

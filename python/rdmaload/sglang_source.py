@@ -59,7 +59,7 @@ def _value_of(file: IndexFile) -> _Value:
     assert file.tensor is not None
     parsed = TensorIndex()
     parsed.add_single(0, file.key or file.path, file.size, file.header, TENSOR_NAME, file.tensor)
-    (name, dtype, shape, _, nbytes) = parsed.tensors()[0]
+    (name, dtype, shape, _, nbytes) = next(parsed.tensors())
     return _Value(file, name, dtype, shape, nbytes)
 
 

@@ -7,9 +7,9 @@ neighbours but that memory goes back to the system when the last of them is drop
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rdmaload import _core
 from rdmaload.errors import DeviceError, FormatError
@@ -48,9 +48,8 @@ _BY_NAME = {
 _UINT8 = _DLPACK["U8"]
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """What a header says of a tensor."""
+class TensorSpec(NamedTuple):
+    """What a header says of a tensor. A tuple, because models have tens of thousands of them."""
 
     name: str
     dtype: str
@@ -81,6 +80,13 @@ def _torch_dtypes() -> dict[str, torch.dtype]:
         if hasattr(torch, attribute):
             table[name] = getattr(torch, attribute)
     return table
+
+
+@lru_cache(maxsize=1)
+def _from_dlpack() -> Callable[[object], torch.Tensor]:
+    from torch.utils.dlpack import from_dlpack
+
+    return from_dlpack
 
 
 def torch_dtype(spec: TensorSpec) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -117,12 +123,12 @@ def converted_bytes(spec: TensorSpec, dtype: torch.dtype | None) -> int:
 
 def export_tensor(spec: TensorSpec, arena: _core.HostArena | None, offset: int) -> torch.Tensor:
     """The tensor at `offset` (bytes) of `arena`, which it shares the ownership of; without one, an empty tensor."""
-    import torch
-    from torch.utils.dlpack import from_dlpack
-
     if arena is None or spec.nbytes == 0:
+        import torch
+
         dtype, shape = torch_dtype(spec)
         return torch.empty(shape, dtype=dtype)
+    from_dlpack = _from_dlpack()
     direct = _DLPACK.get(spec.dtype)
     if direct is not None:
         tensor: torch.Tensor = from_dlpack(arena.tensor(offset, *direct, spec.shape))
@@ -130,6 +136,8 @@ def export_tensor(spec: TensorSpec, arena: _core.HostArena | None, offset: int) 
     dtype, shape = torch_dtype(spec)
     raw = from_dlpack(arena.tensor(offset, *_UINT8, (spec.nbytes,)))
     strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    import torch
+
     # set_ instead of view: a tensor of its own, not a view that remembers another one.
     return torch.empty(0, dtype=dtype).set_(raw.untyped_storage(), 0, shape, strides)
 

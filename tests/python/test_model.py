@@ -36,7 +36,14 @@ from rdmaload.errors import (
     UnavailableError,
 )
 from rdmaload.stats import LoadStats, Progress
-from tests.support.checkpoints import Checkpoint, compare, make_checkpoint, one_large_tensor, write_safetensors
+from tests.support.checkpoints import (
+    Checkpoint,
+    compare,
+    make_checkpoint,
+    many_tensors,
+    one_large_tensor,
+    write_safetensors,
+)
 from tests.support.servers import RedisServer, ServerError
 
 MIB = 1 << 20
@@ -922,3 +929,27 @@ def test_a_conversion_counts_as_a_copy(tmp_path: Path) -> None:
     stats = rdmaload.LoadStats()
     rdmaload.load(tmp_path, dtype=torch.float16, stats=stats)
     assert stats.copied_bytes == 10 * 2  # only "f" becomes another tensor
+
+
+def test_a_load_makes_few_objects_for_the_collector(tmp_path: Path) -> None:
+    """A full collection, which enough new objects set off, takes longer than reading 20,000 tensors."""
+    count = 3_000
+    many_tensors(tmp_path / "model", count)
+    with rdmaload.open(str(tmp_path / "model")) as model:
+        runs = 0
+
+        def count_runs(phase: str, info: dict[str, int]) -> None:
+            nonlocal runs
+            runs += phase == "start"
+
+        before = gc.get_threshold()
+        gc.collect()
+        gc.callbacks.append(count_runs)
+        gc.set_threshold(100, 1_000_000, 1_000_000)  # each run stands for 100 objects that stayed
+        try:
+            state = model.load()
+        finally:
+            gc.set_threshold(*before)
+            gc.callbacks.remove(count_runs)
+    assert len(state) == count
+    assert runs * 100 < 2.5 * count  # the tensor itself and its entry in the index

@@ -175,7 +175,7 @@ def execute(model: Model, into_arenas: bool) -> tuple[list[bytes], list[tuple[in
         tensor: bytes(memoryview(regions[region])[offset : offset + sizes[tensor]])
         for tensor, region, offset in plan.placements()
     }
-    check_places(plan.placements(), plan.region_bytes, sizes, model.case if into_arenas else None)
+    check_places(list(plan.placements()), plan.region_bytes, sizes, model.case if into_arenas else None)
     assert plan.reads == len(asked)
     assert plan.read_bytes == sum(end - begin for _, begin, end in asked)
     assert plan.wanted_bytes == sum(sizes[tensor] for tensor in model.selection)
