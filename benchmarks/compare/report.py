@@ -1,0 +1,117 @@
+"""Tables and pictures of what `benchmarks.compare` measured: `python -m benchmarks.compare.report *.json`.
+
+The table goes to stdout as Markdown. With `--plots DIRECTORY` there is one picture per source: for each region and
+contender the ratio of the pairs, its interval, and 1, where both are equally fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["draw", "main", "read", "table"]
+
+_HEADING = "| source, region, cache | against | pairs | ratio (95%) | GB/s ours, theirs | CPU s/GB | peak MiB | load |"
+
+
+def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    return [result for path in paths for result in json.loads(path.read_text())["results"]]
+
+
+def _interval(found: Mapping[str, Any]) -> str:
+    low, high = found["interval_95"]
+    return f"{found['median_ratio']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _spread(speed: Mapping[str, float]) -> str:
+    return f"{speed['median']:.2f} ({speed['q1']:.2f} to {speed['q3']:.2f})"
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: one line for each contender, also for those that failed or are missing. Speeds with their quartiles."""
+    lines = [_HEADING, "|---" * 8 + "|"]
+    for result in results:
+        task = result["task"]
+        for name, found in result["against"].items():
+            if "failed" in found:
+                lines.append(f"| {task} | {name} | 0 | {found['failed'].removeprefix(f'{name}: ')} | | | | |")
+                continue
+            ours, theirs = found["ours"], found["theirs"]
+            cells = [
+                task,
+                name,
+                found["pairs"],
+                _interval(found),
+                f"{_spread(ours['gb_per_s'])}, {_spread(theirs['gb_per_s'])}",
+                f"{ours['cpu_s_per_gb']['median']:.2f}, {theirs['cpu_s_per_gb']['median']:.2f}",
+                f"{ours['peak_bytes'] >> 20}, {theirs['peak_bytes'] >> 20}",
+                f"{ours['load_average']['median']:.1f}",
+            ]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+        for name, reason in result["missing"].items():
+            lines.append(f"| {task} | {name} | 0 | not run: {reason} | | | | |")
+        for key, what in (("one_reader", "one reader alone"), ("few_tensors", "the same bytes in 150 tensors")):
+            if key in result:
+                found = result[key]
+                speeds = f"{_spread(found['gb_per_s'])}, {_spread(found['compared_gb_per_s'])}"
+                lines.append(f"| {task} | ours: {what} | {found['pairs']} | {_interval(found)} | {speeds} | | | |")
+    return "\n".join(lines)
+
+
+def draw(results: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
+    """One SVG per source, of every comparison that has a ratio."""
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    rcParams["svg.hashsalt"] = "rdmaload"  # the same figures give the same file
+    written = []
+    directory.mkdir(parents=True, exist_ok=True)
+    for source in dict.fromkeys(result["source"] for result in results):
+        rows = [
+            (f"{result['region']}{', cold' * (result['cache'] == 'cold')}: {name}", found)
+            for result in results
+            if result["source"] == source
+            for name, found in result["against"].items()
+            if "failed" not in found
+        ]
+        if not rows:
+            continue
+        figure = Figure(figsize=(8, 0.9 + 0.28 * len(rows)))
+        axes = figure.add_subplot()
+        for place, (_, found) in enumerate(rows):
+            low, high = found["interval_95"]
+            won = found["median_ratio"] >= 1
+            axes.plot([low, high], [place, place], color="tab:blue" if won else "tab:red", linewidth=2)
+            axes.plot([found["median_ratio"]], [place], "o", color="tab:blue" if won else "tab:red")
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set_xscale("log")
+        axes.set_yticks(range(len(rows)), [f"{label} ({found['pairs']} pairs)" for label, found in rows])
+        axes.invert_yaxis()
+        axes.tick_params(labelsize=8)
+        axes.set_xlabel(
+            "their time by ours, median of the pairs and its 95% interval; above 1 ours is faster", fontsize=8
+        )
+        axes.set_title(f"rdmaload from {source}, beside", fontsize=10)
+        figure.tight_layout()
+        path = directory / f"compare-{source}.svg"
+        figure.savefig(path, metadata={"Date": None})
+        written.append(path)
+    return written
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("json", nargs="+", type=Path)
+    parser.add_argument("--plots", type=Path, help="directory for the pictures")
+    arguments = parser.parse_args()
+    results = read(arguments.json)
+    print(table(results))
+    if arguments.plots is not None:
+        draw(results, arguments.plots)
+
+
+if __name__ == "__main__":
+    main()

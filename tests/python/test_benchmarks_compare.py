@@ -1,0 +1,191 @@
+"""The harness of benchmarks/compare: whom it believes, in which order it runs, and what it says of those that fail."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+
+from benchmarks import checkpoints, paired
+from benchmarks.compare import environments, harness, report
+from benchmarks.compare.adaptors import Place
+
+BYTES = 40 << 20  # far above what a process touches besides
+
+# A worker like the real one, with contenders of its own; each of them loads in a way that its name says.
+WORKER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from benchmarks import checkpoints
+from benchmarks.compare import adaptors, worker
+
+if sys.argv[1] in ("ours", "theirs", "wrong", "mapped", "fewer"):
+    import torch
+    from safetensors.torch import load_file
+
+def owned(place):
+    with open({log!r}, "a") as log:
+        log.write(sys.argv[1] + "\\n")
+    return {{name: tensor.clone() for name, tensor in load_file(checkpoints.weight_files(place.directory)[0]).items()}}
+
+def wrong(place):
+    state = owned(place)
+    state["b"].view(torch.uint8)[-1] ^= 1
+    return state
+
+def mapped(place):
+    return load_file(checkpoints.weight_files(place.directory)[0])
+
+def dies(place):
+    import os
+    os._exit(7)
+
+def raises(place):
+    raise OSError("no such store")
+
+def slow(place):
+    import time
+    time.sleep(60)
+
+def fewer(place):
+    state = owned(place)
+    del state["a"]
+    return state
+
+ways = dict(ours=owned, theirs=owned, wrong=wrong, mapped=mapped, dies=dies, raises=raises, slow=slow, fewer=fewer)
+adaptors.ADAPTORS.update({{name: adaptors.Adaptor((), way) for name, way in ways.items()}})
+if sys.argv[1] == "gone":
+    sys.exit("cannot import name gone")
+worker.main()
+"""
+
+
+@pytest.fixture
+def contender(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that makes one of the contenders above."""
+    (tmp_path / "fake_worker.py").write_text(
+        textwrap.dedent(WORKER).format(root=str(environments.ROOT), log=str(tmp_path / "log"))
+    )
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(paired, "back_memory", lambda nbytes: None)
+    checkpoints.make_checkpoint(
+        tmp_path / "plain", {"a": ("BF16", (BYTES // 4,)), "b": ("BF16", (BYTES // 4 // 64, 64)), "c": ("F32", (3,))}
+    )
+    place = Place(str(tmp_path / "plain"))
+    return lambda name: harness.Contender(name, Path(sys.executable), place, module="fake_worker")
+
+
+TASK = harness.Task("task", BYTES)
+
+
+def test_pairs_run_in_turns_and_the_first_changes(contender: Any, tmp_path: Path) -> None:
+    found = harness.compare(contender("ours"), [contender("theirs")], TASK, 3)
+    ran = (tmp_path / "log").read_text().split()
+    assert ran[:2] == ["ours", "theirs"]  # each once, before time counts
+    assert ran[2:] == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
+    result = found["against"]["theirs"]
+    assert result["pairs"] == 3
+    times = [result[side]["all_seconds"] for side in ("ours", "theirs")]
+    ratios = [theirs / ours for ours, theirs in zip(*times, strict=True)]
+    assert result["ratios"] == pytest.approx(ratios, rel=0.05)
+    assert result["median_ratio"] == pytest.approx(float(numpy.median(ratios)), rel=0.05)
+    low, high = result["interval_95"]
+    assert low <= result["median_ratio"] <= high
+
+
+def test_one_that_cannot_be_believed_is_named_and_gets_no_ratio(contender: Any) -> None:
+    reasons = {
+        "wrong": "WRONG BYTES: b: other bytes than model.safetensors",
+        "fewer": "WRONG BYTES: a of model.safetensors was not loaded",
+        "mapped": "only maps",
+        "dies": "died with exit code 7",
+        "raises": "OSError: no such store",
+        "gone": "its process ended with 1: cannot import name gone",
+    }
+    others = [contender(name) for name in [*reasons, "theirs"]]
+    found = harness.compare(contender("ours"), others, TASK, 1)["against"]
+    for name, reason in reasons.items():
+        assert reason in found[name]["failed"]
+        assert "median_ratio" not in found[name]
+    assert found["theirs"]["pairs"] == 1  # the others are measured all the same
+
+
+def test_no_claim_is_made_when_ours_is_wrong(contender: Any) -> None:
+    with pytest.raises(harness.Failed, match="wrong: WRONG BYTES"):
+        harness.compare(contender("wrong"), [contender("theirs")], TASK, 1)
+
+
+def test_a_run_that_hangs_is_ended(contender: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "RUN_SECONDS", 1.0)
+    with (
+        contextlib.closing(harness.Runner(contender("slow"))) as runner,
+        pytest.raises(harness.Failed, match=r"slow: .*took more than 1 seconds"),
+    ):
+        harness.one(runner, TASK)
+
+
+def test_several_readers_begin_together_and_one_that_dies_is_noticed(contender: Any, tmp_path: Path) -> None:
+    task = harness.Task("task", 3 * BYTES, readers=3)
+    others = [contender("theirs"), contender("dies")]
+    found = harness.compare(contender("ours"), others, task, 50, seconds=0)["against"]
+    assert (tmp_path / "log").read_text().count("theirs") == 6
+    assert found["theirs"]["theirs"]["peak_bytes"] > 3 * BYTES
+    assert found["theirs"]["pairs"] == 1  # the time was over: the result says how many there were
+    assert "3 of 3 readers died" in found["dies"]["failed"]
+
+
+def test_the_interval_holds_the_median_and_narrows_with_agreement() -> None:
+    wide = paired.bootstrap_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    narrow = paired.bootstrap_interval([2.9, 3.0, 3.0, 3.0, 3.1])
+    assert wide[0] <= 3.0 <= wide[1]
+    assert narrow[1] - narrow[0] < wide[1] - wide[0]
+
+
+def test_an_environment_that_cannot_be_made_is_missing_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = environments.Environment(("no such package==1",))
+    monkeypatch.setitem(environments.ENVIRONMENTS, "broken", broken)
+    with pytest.raises(environments.Missing, match="pip install no such package==1 failed"):
+        environments.python_of("broken", tmp_path)
+    assert not (tmp_path / "broken" / "made-of").exists()
+
+
+def test_the_report_names_everyone_and_draws_those_with_a_ratio(tmp_path: Path) -> None:
+    speed = {"median": 2.0, "q1": 1.5, "q3": 2.5}
+    side = {"gb_per_s": speed, "cpu_s_per_gb": speed, "peak_bytes": 1 << 30, "load_average": speed}
+    good = {"pairs": 15, "median_ratio": 0.5, "interval_95": [0.4, 0.7], "ours": side, "theirs": side}
+    result = {
+        "task": "file, one, warm",
+        "source": "file",
+        "region": "one",
+        "cache": "warm",
+        "against": {"quick": good, "liar": {"failed": "liar: WRONG BYTES: a", "pairs": 0}},
+        "missing": {"absent": "needs a GPU"},
+    }
+    (tmp_path / "found.json").write_text(json.dumps({"results": [result]}))
+    results = report.read([tmp_path / "found.json"])
+    text = report.table(results)
+    assert "0.50 (0.40 to 0.70)" in text
+    assert "| liar | 0 | WRONG BYTES: a |" in text
+    assert "| absent | 0 | not run: needs a GPU |" in text
+    # In a process of its own, because matplotlib never closes its fonts.
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.compare.report",
+        str(tmp_path / "found.json"),
+        "--plots",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, cwd=environments.ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == text
+    assert "<svg" in (tmp_path / "compare-file.svg").read_text()
