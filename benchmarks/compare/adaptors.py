@@ -48,7 +48,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Adaptor:
-    """`run` or `save` is timed, or what `made` gives; `save` gets the tensors of the directory, which are read before."""
+    """`run` or `save` is timed, or what `made` gives; `save` gets the tensors of the directory, read before."""
 
     imports: tuple[str, ...]
     run: Callable[[Place], Mapping[str, Any]] | None = None
