@@ -232,10 +232,14 @@ class Model:
         arenas = [_core.HostArena(nbytes) for nbytes in plan.region_bytes]
         try:
             batch = self._reader.start(plan, arenas)
-            self._reader.finish(batch, stats, report.expect(plan.read_bytes))
             begin = time.perf_counter()
-            tensors = dict(tensors_of(batch, weights, names))
+            try:  # while the bytes arrive: 20,000 tensors take as long as a third of a GB
+                tensors = dict(tensors_of(batch, weights, names))
+            except BaseException:
+                batch.operation.cancel()
+                raise
             report.stage("export", begin)
+            self._reader.finish(batch, stats, report.expect(plan.read_bytes))
             stats.bytes = plan.wanted_bytes
         finally:
             report.end()
