@@ -150,6 +150,34 @@ def test_a_model_on_the_meta_device(server: RedisServer, tmp_path: Path, tied: b
         materialize(model, url)
 
 
+class Net(torch.nn.Module):
+    """One of plain torch: a tie without a method that makes it, buffers that are saved and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(10, 4)
+        self.norm = torch.nn.BatchNorm1d(4)
+        self.head = torch.nn.Linear(4, 10, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("scale", torch.arange(4.0))
+        self.register_buffer("computed", torch.arange(5), persistent=False)
+
+
+def test_plain_torch_on_the_meta_device(server: RedisServer) -> None:
+    original = Net()
+    original.scale.add_(3)
+    original.norm(torch.randn(8, 4))  # its statistics are buffers, too
+    rdmaload.save(original, server.url("net"))
+    with accelerate.init_empty_weights(include_buffers=False):
+        module = Net()
+    assert module.head.weight is not module.embed.weight  # what accelerate does
+    materialize(module, server.url("net"))
+    assert module.head.weight is module.embed.weight
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(module.state_dict()[name], tensor), name
+    assert torch.equal(module.computed, torch.arange(5))
+
+
 def test_load_into_a_model_that_has_its_memory(server: RedisServer, tmp_path: Path) -> None:
     original = _llama(tied=True)
     url = _saved(original, tmp_path / "m", server.url("llama"))

@@ -43,6 +43,19 @@ def test_parameters_get_memory_and_stay_tied(url: str) -> None:
     assert torch.equal(module.computed, torch.arange(3.0))  # type: ignore[arg-type]
 
 
+def test_ties_that_the_meta_device_has_lost(url: str) -> None:
+    """init_empty_weights makes two parameters of one; those that have memory of their own keep one each."""
+    rdmaload.save(Net(), url)
+    module = Net(meta=True, tied=False)
+    materialize(module, url)
+    assert module.head.weight is module.embed.weight
+    apart = Net(tied=False)
+    materialize(apart, url)
+    assert apart.head.weight is not apart.embed.weight
+    assert torch.equal(apart.head.weight, apart.embed.weight)
+    assert apart.head.weight.data_ptr() != apart.embed.weight.data_ptr()
+
+
 @pytest.mark.parametrize("kept", ["embed.weight", "head.weight"])
 def test_a_checkpoint_with_one_of_two_tied_names(url: str, kept: str) -> None:
     state = Net().state_dict()

@@ -4,7 +4,8 @@
         module = Net()
     materialize(module, "redis://10.0.0.5/net", device="cuda:0")
 
-For a module that has its memory there is `rdmaload.load_into`. Parameters that are one object stay one object.
+For a module that has its memory there is `rdmaload.load_into`. Parameters that are one object stay one object, and
+those that were one when they were saved become one again.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from rdmaload import loading
 from rdmaload.errors import LayoutMismatchError
 from rdmaload.options import Options
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 __all__ = ["materialize"]
@@ -75,6 +77,7 @@ def materialize(
                     f"{list(expected[name].shape)}",
                     url=model.url,
                 )
+    tied += _stored_as_one(state, expected)
     module.load_state_dict(state, strict=False, assign=True)
     _tie(module, tied, state)
     module.to(device)  # buffers that were computed
@@ -87,6 +90,23 @@ def _tied(module: nn.Module) -> list[list[str]]:
     for name, parameter in module.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     return [names for names in groups.values() if len(names) > 1]
+
+
+def _stored_as_one(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[list[str]]:
+    """Names of parameters that were one when they were saved, and that have no memory: init_empty_weights makes two of
+    them. Where the module has memory of its own for each, `state` gets a copy for each."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        groups.setdefault(id(tensor), []).append(name)
+    found = []
+    for names in groups.values():
+        if len({id(expected[name]) for name in names}) < 2:
+            continue
+        if all(isinstance(expected[name], torch.nn.Parameter) and expected[name].is_meta for name in names):
+            found.append(names)
+        else:
+            state.update({name: state[name].clone() for name in names[1:]})
+    return found
 
 
 def _tie(module: nn.Module, tied: list[list[str]], loaded: dict[str, torch.Tensor]) -> None:
