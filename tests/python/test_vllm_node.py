@@ -63,7 +63,7 @@ _RANK = """
             return client.info("commandstats")["cmdstat_get"]["calls"]
 
     for case in cases:
-        ranks._place = lambda: case["nodes"][rank]
+        ranks.place = lambda: case["nodes"][rank]
         loader = fake.loader(**case["options"])
         loader.local_expert_ids = set(case["experts"][rank]) if "experts" in case else None
         config = fake.arg_utils.ModelConfig(case["directory"])

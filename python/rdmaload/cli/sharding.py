@@ -42,9 +42,10 @@ def register(commands: Commands) -> None:
             "rdmaload save-sharded --engine vllm --model ./llama --url redis://h/l4 -tp 4",
             "rdmaload save-sharded --model redis://h/llama --url redis://h/llama_tp2 -tp 2",
             "rdmaload save-sharded --model ./m --url redis://h/m --engine-arg dtype=half",
+            "rdmaload save-sharded --engine sglang --model ./llama --url redis://h/l2 -tp 2",
         ],
     )
-    command.add_argument("--engine", choices=("vllm",), default="vllm", help="which engine (vllm)")
+    command.add_argument("--engine", choices=("vllm", "sglang"), default="vllm", help="which engine (vllm)")
     command.add_argument("--model", metavar="MODEL", required=True, help="a checkpoint's directory, or its url")
     command.add_argument("--url", metavar="URL", required=True, help="where to save it: a model in Redis or Valkey")
     command.add_argument(
@@ -71,7 +72,6 @@ def register(commands: Commands) -> None:
 
 def _save_sharded(args: argparse.Namespace) -> int:
     import rdmaload
-    from rdmaload.integrations.vllm.sharding import save_sharded
     from rdmaload.urls import parse_url
 
     for name in ("tensor_parallel_size", "pipeline_parallel_size"):
@@ -85,16 +85,7 @@ def _save_sharded(args: argparse.Namespace) -> int:
     opts = options_of(args)
     import_torch()
     with _stdout_to_stderr():
-        save_sharded(
-            args.model,
-            args.url,
-            tensor_parallel_size=args.tensor_parallel_size,
-            pipeline_parallel_size=args.pipeline_parallel_size,
-            layout=args.layout,
-            save_id=args.save_id,
-            engine_args=_engine_arguments(args.engine_arg),
-            loader_options=opts,
-        )
+        _run_engine(args, _engine_arguments(args.engine_arg), opts)
     with rdmaload.open(args.url) as model:
         manifest = model.manifest
         document: dict[str, object] = {
@@ -113,6 +104,36 @@ def _save_sharded(args: argparse.Namespace) -> int:
         lines += [f"  {name:<14} {value}" for name, value in {**manifest.layout, **manifest.identity}.items()]
     write_result(args.json, document, lines)
     return 0
+
+
+def _run_engine(args: argparse.Namespace, engine_args: dict[str, object], opts: dict[str, object]) -> None:
+    if args.engine == "sglang":
+        from rdmaload.integrations.sglang_plugin import sharding as of_sglang
+
+        if args.pipeline_parallel_size > 1:
+            raise UsageError("--engine sglang saves the ranks of one pipeline stage: leave out -pp")
+        of_sglang.save_sharded(
+            args.model,
+            args.url,
+            tensor_parallel_size=args.tensor_parallel_size,
+            layout=args.layout,
+            save_id=args.save_id,
+            engine_args=engine_args,
+            loader_options=opts,
+        )
+        return
+    from rdmaload.integrations.vllm.sharding import save_sharded
+
+    save_sharded(
+        args.model,
+        args.url,
+        tensor_parallel_size=args.tensor_parallel_size,
+        pipeline_parallel_size=args.pipeline_parallel_size,
+        layout=args.layout,
+        save_id=args.save_id,
+        engine_args=engine_args,
+        loader_options=opts,
+    )
 
 
 @contextlib.contextmanager
@@ -137,7 +158,7 @@ def _engine_arguments(texts: list[str]) -> dict[str, object]:
         name = name.strip().replace("-", "_")
         if not equals or not name:
             raise UsageError(f"--engine-arg {text!r} is not NAME=VALUE")
-        if name in ("model", "load_format", "model_loader_extra_config"):
+        if name in ("model", "model_path", "load_format", "model_loader_extra_config"):
             raise UsageError(f"--engine-arg {name} is what save-sharded sets itself")
         if name in given:
             raise UsageError(f"--engine-arg {name} is given twice")

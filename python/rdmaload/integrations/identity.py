@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from rdmaload.errors import LayoutMismatchError
+from rdmaload.connectors import KeyValueConnector
+from rdmaload.connectors.registry import connector_class
+from rdmaload.errors import LayoutMismatchError, NotSupportedError
+from rdmaload.urls import parse_url
 
-__all__ = ["check_identity"]
+__all__ = ["check_destination", "check_identity"]
 
 
 def check_identity(
@@ -33,4 +36,15 @@ def check_identity(
             "Start the engine as it was saved, save it again for this one (`rdmaload save-sharded`), or load the "
             "checkpoint that it was made from, which suits every set-up.",
             url=shown,
+        )
+
+
+def check_destination(url: str) -> None:
+    """Raise NotSupportedError for a store in which a sharded model has no manifest to keep its identity in."""
+    location = parse_url(url)
+    if not issubclass(connector_class(location.scheme), KeyValueConnector):
+        raise NotSupportedError(
+            f"{location.redacted} keeps plain files, without the identity that sharded weights need: save them to "
+            "Redis or Valkey",
+            url=location.redacted,
         )

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import logging
 import os
@@ -83,6 +84,12 @@ def cache_root() -> Path:
         problem = "others may write to it"
     except OSError as error:
         problem = str(error.strerror)
+    return _fallback_root(root, problem)
+
+
+@functools.cache
+def _fallback_root(root: Path, problem: str) -> Path:
+    """One for the whole process: an engine resolves a model again and expects the directory that it was given."""
     fallback = Path(tempfile.mkdtemp(prefix="rdmaload-engines-"))
     _log.warning("%s cannot be used (%s): files of models go to %s, which nothing cleans up", root, problem, fallback)
     return fallback

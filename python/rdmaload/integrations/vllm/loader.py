@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import secrets
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +23,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from rdmaload import _save, loading
 from rdmaload.errors import LayoutMismatchError, NotSupportedError, RdmaloadError
 from rdmaload.integrations import metadata, names
+from rdmaload.integrations.kept_files import collect_files
 from rdmaload.integrations.metadata import EngineModel
 from rdmaload.integrations.rank_weights import checkpoint_weights, load_shard
 from rdmaload.integrations.vllm import set_up
@@ -34,7 +33,6 @@ from rdmaload.model import Model
 from rdmaload.node_group import NodeGroup
 from rdmaload.tensors import TensorSpec
 from rdmaload.urls import parse_url, with_option
-from rdmaload.weights import weight_files_of
 
 __all__ = ["RdmaloadModelLoader"]
 
@@ -248,7 +246,7 @@ class RdmaloadModelLoader(DefaultModelLoader):  # type: ignore[misc]  # no types
         rank = ranks.weights_rank(sizes)
         with tempfile.TemporaryDirectory(prefix="rdmaload-save-") as directory:
             if rank == 0:
-                _collect_files(Path(model_config.model), Path(directory))
+                collect_files(Path(model_config.model), Path(directory))
             sharded = options.save_layout == "rdmaload"
             _save.save(
                 model.state_dict(),
@@ -296,31 +294,3 @@ def _refuse_late_weights(model: torch.nn.Module, url: str) -> None:
             "rank: use a checkpoint that is quantised already, or load it unsharded",
             url=shown,
         )
-
-
-def _collect_files(source: Path, target: Path) -> None:
-    """What a sharded model carries besides tensors: the checkpoint's other files and its headers (see metadata.py)."""
-    if not source.is_dir():
-        raise NotSupportedError(f"{source} is no directory: give a directory or a url to save the ranks' weights from")
-    if _only_headers(source):
-        ignored = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json")
-        shutil.copytree(source, target, dirs_exist_ok=True, ignore=ignored)
-        headers = [(path.name, path.read_bytes()) for path in sorted(source.glob("*.safetensors"))]
-    else:
-        with loading.open(source) as model:
-            model.pull_files(target, ignore_pattern="*.safetensors.index.json")
-            headers = [(file.path, metadata.header_file(file)) for file in model.files if file.header is not None]
-    metadata.write_kept_headers(headers, target)
-
-
-def _only_headers(directory: Path) -> bool:
-    """Whether the weight files of a directory are those that metadata.py has written."""
-    listed = weight_files_of(
-        sorted(os.listdir(directory)), lambda path: (directory / path).read_bytes(), url=str(directory)
-    )
-    for path in listed:
-        with (directory / path).open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if os.fstat(file.fileno()).st_size == 8 + length:
-                return True
-    return not listed

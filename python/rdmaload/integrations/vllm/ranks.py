@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from rdmaload.integrations.places import gathered, place
 from rdmaload.node_group import NodeGroup
 
 __all__ = ["Ranks"]
@@ -76,30 +75,7 @@ class Ranks:
 
         if self.world_size == 1:
             return None
-        places = _gathered(parallel_state.get_tp_group(), _gathered(parallel_state.get_pp_group(), _place()))
+        places = gathered(parallel_state.get_tp_group(), gathered(parallel_state.get_pp_group(), place()))
         name = self.agree(f"vllm-{secrets.token_hex(12)}")  # of no other engine, whatever it loads
-        here = [(tp, pp) for tp, stages in enumerate(places) for pp, place in enumerate(stages) if place == _place()]
+        here = [(tp, pp) for tp, stages in enumerate(places) for pp, other in enumerate(stages) if other == place()]
         return None if len(here) < 2 else NodeGroup(name, here.index((self.tp, self.pp)), len(here))
-
-
-def _gathered(group: Any, value: _Value) -> list[_Value]:
-    """What each rank of one of vLLM's groups gave."""
-    values: list[Any] = [value] * group.world_size
-    if group.world_size > 1:
-        import torch.distributed
-
-        torch.distributed.all_gather_object(values, value, group=group.cpu_group)
-    return values
-
-
-def _place() -> str:
-    """The same in two processes that reach each other by an abstract socket: of one kernel, one network namespace (as
-    the containers of a pod, say) and one user."""
-    try:
-        kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{kernel} {os.readlink('/proc/self/ns/net')} {os.getuid()}"
-    except OSError:  # a sandbox without them
-        return _NOWHERE
-
-
-_NOWHERE = secrets.token_hex()  # of this process alone

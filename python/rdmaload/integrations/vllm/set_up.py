@@ -10,14 +10,11 @@ import re
 import threading
 from typing import Any
 
-from rdmaload.connectors import KeyValueConnector
-from rdmaload.connectors.registry import connector_class
 from rdmaload.errors import LayoutMismatchError, NotSupportedError
 from rdmaload.integrations import metadata, names
-from rdmaload.integrations.identity import check_identity
+from rdmaload.integrations.identity import check_destination, check_identity
 from rdmaload.integrations.metadata import EngineModel
 from rdmaload.integrations.vllm.options import LoaderOptions
-from rdmaload.urls import parse_url
 
 __all__ = ["check", "check_destination", "check_front_end", "identity_of", "parallel_of", "resolve", "version"]
 
@@ -101,14 +98,3 @@ def check_front_end(engine_args: Any, model_config: Any) -> None:
         check(found, model_config, engine_args, options)
     if options.save_to is not None:
         check_destination(options.save_to)
-
-
-def check_destination(url: str) -> None:
-    """Raise NotSupportedError for a store in which a sharded model has no manifest to keep its identity in."""
-    location = parse_url(url)
-    if not issubclass(connector_class(location.scheme), KeyValueConnector):
-        raise NotSupportedError(
-            f"{location.redacted} keeps plain files, without the identity that sharded weights need: save them to "
-            "Redis or Valkey",
-            url=location.redacted,
-        )

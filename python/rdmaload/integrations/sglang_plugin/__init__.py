@@ -1,0 +1,1 @@
+"""The parts of the plug-in for SGLang: see `rdmaload.integrations.sglang`."""
