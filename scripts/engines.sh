@@ -1,18 +1,20 @@
 # Sourced by scripts/test: the engines that tests/engines run, in .venv/engines, outside of the project's own
 # environment. Each is set up once for its version; a set-up that was interrupted is begun again.
 
-# Only SGLang's Python files are used by the tests of its connector, none of its dependencies.
+# SGLang with rdmaload beside it. Its packages for GPUs are left out; tests/engines/sglang_on_cpu stands in for them.
 set_up_sglang() {
-  export RDMALOAD_SGLANG=$PWD/.venv/engines/sglang-0.5.23
-  if [ ! -d "$RDMALOAD_SGLANG" ]; then
-    local scratch
-    scratch=$(mktemp -d)
-    python -m pip download -q --disable-pip-version-check --no-deps -d "$scratch" sglang==0.5.23
-    python -m zipfile -e "$scratch"/sglang-*.whl "$scratch/unpacked"
-    mkdir -p "$(dirname "$RDMALOAD_SGLANG")"
-    mv "$scratch/unpacked" "$RDMALOAD_SGLANG"
-    rm -r "$scratch"
+  local version=0.5.23 root=$PWD/.venv/engines/sglang made_of
+  made_of="$version $(sha256sum < tests/engines/sglang-requirements.txt)"
+  if [ "$(cat "$root/made-of" 2>/dev/null)" != "$made_of" ]; then
+    echo "setting SGLang $version up in $root: some minutes, 3.3 GB"
+    rm -rf "$root"
+    python3 -m venv "$root"
+    "$root/bin/python" -m pip install -q --disable-pip-version-check --no-deps -r tests/engines/sglang-requirements.txt
+    "$root/bin/python" -m pip install -q --disable-pip-version-check --no-deps "sglang==$version"
+    echo "$made_of" > "$root/made-of"
   fi
+  export RDMALOAD_SGLANG=$root/bin/python
+  python scripts/link_into.py "$RDMALOAD_SGLANG"
 }
 
 # vLLM for CPUs with rdmaload beside it, found through its entry points as after `pip install vllm rdmaload`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +18,19 @@ from tests.support.servers import RedisServer  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def sglang_source() -> Path:
-    """SGLang's wheel, unpacked."""
-    path = Path(os.environ.get("RDMALOAD_SGLANG", ""))
-    if not (path / "sglang" / "srt" / "connector" / "redis.py").is_file():
-        pytest.fail("RDMALOAD_SGLANG names no unpacked wheel of sglang: run scripts/test --engines", pytrace=False)
+def sglang_python() -> str:
+    """The Python of an environment with SGLang, without its packages for GPUs, and rdmaload."""
+    path = os.environ.get("RDMALOAD_SGLANG", "")
+    if not Path(path).is_file():
+        pytest.fail("RDMALOAD_SGLANG names no Python with SGLang: run scripts/test --engines", pytrace=False)
     return path
+
+
+@pytest.fixture(scope="session")
+def sglang_source(sglang_python: str) -> Path:
+    """The directory that holds SGLang's Python files."""
+    command = [sglang_python, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))"]
+    return Path(subprocess.check_output(command, text=True).strip())
 
 
 @pytest.fixture
