@@ -309,6 +309,9 @@ def test_an_update_that_cannot_be_is_told_before_a_weight_is_touched(fake: FakeS
     done, text, _ = fake.update(f"memory://{tmp_path.name}/sharded")
     assert not done
     assert "cannot be reloaded" in text
+    done, text, _ = fake.update("meta/llama", "rdmaload")  # which its ranks would end at
+    assert not done
+    assert "takes a directory or a url, not meta/llama" in text
     assert TokenizerManager.updates == []
     config = fake.model_config("/elsewhere")  # it has gone since it was pinned
     config.model_path = f"memory://{tmp_path.name}/nothing"

@@ -90,13 +90,12 @@ def options_of(config: Any) -> LoaderOptions:
 
 def around_update(original: Callable[..., Any], manager: Any, request: Any, *arguments: Any, **keywords: Any) -> Any:
     """Around TokenizerManager.update_weights_from_disk, which gives the success, a message and a number."""
-    path = _ours_or_none(request)
-    if path is None:
+    if request.load_format != "rdmaload" and not names.is_ours(request.model_path):
         return original(manager, request, *arguments, **keywords)
 
     async def update() -> Any:
         try:
-            found = await asyncio.to_thread(_resolved_for_update, path)
+            found = await asyncio.to_thread(_resolved_for_update, request.model_path, request.load_format)
         except RdmaloadError as error:
             return False, f"Failed to update weights: {error}", 0
         request.model_path, request.load_format = names.engine_name(found.url), "auto"
@@ -105,8 +104,10 @@ def around_update(original: Callable[..., Any], manager: Any, request: Any, *arg
     return update()
 
 
-def _resolved_for_update(path: str) -> EngineModel:
-    found = resolve_model(names.store_url(path))
+def _resolved_for_update(path: str, load_format: str | None) -> EngineModel:
+    url = _ours(path, load_format)
+    assert url is not None
+    found = resolve_model(names.store_url(url))
     if found.kind == "sharded":
         raise NotSupportedError(
             f"{found.shown} is sharded: weights cannot be reloaded from it while the engine runs; reload from the "
@@ -114,13 +115,6 @@ def _resolved_for_update(path: str) -> EngineModel:
             url=found.shown,
         )
     return found
-
-
-def _ours_or_none(request: Any) -> str | None:
-    try:
-        return _ours(request.model_path, request.load_format)
-    except NotSupportedError:
-        return None  # SGLang knows no load format of that name: it says so
 
 
 def _ours(path: Any, load_format: Any) -> str | None:
