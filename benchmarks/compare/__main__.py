@@ -127,7 +127,9 @@ def scene(source: str, region: str, cache: str, checkpoint: checkpoints.Checkpoi
             yield Scene(place, server.pid)
 
 
-def measure(arguments: argparse.Namespace, source: str, region: str, cache: str) -> dict[str, Any]:
+def measure(
+    arguments: argparse.Namespace, source: str, region: str, cache: str, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     ours, others = SAVE[source] if region == "save" else ("rdmaload", SOURCES[source])
     total = int(arguments.bytes or default_bytes(region))
     readers = READERS if region == "readers" else 1
@@ -159,7 +161,10 @@ def measure(arguments: argparse.Namespace, source: str, region: str, cache: str)
                 contenders.append(contender)
             except environments.Missing as reason:
                 missing[name] = str(reason)
-        result = harness.compare(own, contenders, task, arguments.pairs, arguments.seconds)
+        about = {"source": source, "region": region, "cache": cache, "missing": missing}
+        result = harness.compare(
+            own, contenders, task, arguments.pairs, arguments.seconds, lambda so_far: keep({**so_far, **about})
+        )
         if region == "readers":
             alone = replace(task, name=f"{task.name}, one alone", bytes=checkpoint.bytes, readers=1)
             result["one_reader"] = between(own, alone, own, task, arguments)
@@ -171,7 +176,7 @@ def measure(arguments: argparse.Namespace, source: str, region: str, cache: str)
             contender = replace(own, place=few.place, server=few.pid)
             fewer = harness.Task(f"{source}, 150 tensors", made.bytes, prepare=few.prepare)
             result["few_tensors"] = between(contender, fewer, own, task, arguments)
-    return {**result, "source": source, "region": region, "cache": cache, "missing": missing}
+    return {**result, **about}
 
 
 def between(
@@ -249,26 +254,29 @@ def main() -> None:
         return
     if "mooncake" in arguments.source:
         mooncake_store.enter_namespace()
-    results = []
+    results: list[dict[str, Any]] = []
+
+    def keep(so_far: dict[str, Any] | None = None) -> None:
+        report = {
+            "benchmark": "compare",
+            "machine": machine.facts(),
+            "congestion_control": machine.congestion_control(),
+            "versions": environments.versions(),
+            "not_here": NOT_HERE,
+            "results": results if so_far is None else [*results, so_far],
+        }
+        text = json.dumps(report, indent=1) + "\n"
+        if arguments.json is not None:
+            arguments.json.write_text(text)
+        elif so_far is None:
+            sys.stdout.write(text)
+
     for region in arguments.region:
         for source in arguments.source:
             for cache in arguments.cache if source == "file" else ["warm"]:
-                if region == "save" and source not in SAVE:
-                    continue
-                results.append(measure(arguments, source, region, cache))
-                report = {
-                    "benchmark": "compare",
-                    "machine": machine.facts(),
-                    "congestion_control": machine.congestion_control(),
-                    "versions": environments.versions(),
-                    "not_here": NOT_HERE,
-                    "results": results,
-                }
-                text = json.dumps(report, indent=1) + "\n"
-                if arguments.json is not None:  # after each, so that a run that is cut short keeps what it has
-                    arguments.json.write_text(text)
-    if arguments.json is None:
-        sys.stdout.write(text)
+                if region != "save" or source in SAVE:
+                    results.append(measure(arguments, source, region, cache, keep))
+    keep()
 
 
 if __name__ == "__main__":

@@ -186,18 +186,26 @@ def order(pairs: int) -> Iterator[tuple[int, int]]:
 
 
 def compare(
-    ours: Contender, others: Sequence[Contender], task: Task, pairs: int, seconds: float = math.inf
+    ours: Contender,
+    others: Sequence[Contender],
+    task: Task,
+    pairs: int,
+    seconds: float = math.inf,
+    keep: Callable[[dict[str, Any]], None] = lambda so_far: None,
 ) -> dict[str, Any]:
     """Measure `ours` against each of `others`; ratios above 1 mean that `ours` is faster.
 
-    After `seconds` for one of them no more pairs are begun, and the result says how many there were.
+    After `seconds` for one of them no more pairs are begun, and the result says how many there were. `keep` gets what
+    there is after each of them, for a run that is cut short.
     """
     results: dict[str, Any] = {}
+    whole = {"task": task.name, "bytes": task.bytes, "readers": task.readers, "ours": ours.name, "against": results}
     with contextlib.closing(Runner(ours)) as own:
         one(own, task)  # everything is in place, and its bytes are right, before time counts
         for other in others:
             results[other.name] = _against(own, other, task, pairs, seconds)
-    return {"task": task.name, "bytes": task.bytes, "readers": task.readers, "ours": ours.name, "against": results}
+            keep(whole)
+    return whole
 
 
 def one(runner: Runner, task: Task) -> dict[str, Any]:

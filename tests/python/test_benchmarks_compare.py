@@ -87,7 +87,11 @@ TASK = harness.Task("task", BYTES)
 
 
 def test_pairs_run_in_turns_and_the_first_changes(contender: Any, tmp_path: Path) -> None:
-    found = harness.compare(contender("ours"), [contender("theirs")], TASK, 3)
+    kept: list[str] = []
+    found = harness.compare(
+        contender("ours"), [contender("theirs")], TASK, 3, keep=lambda so_far: kept.append(json.dumps(so_far))
+    )
+    assert kept == [json.dumps(found)]  # a run that is cut short after it loses nothing
     ran = (tmp_path / "log").read_text().split()
     assert ran[:2] == ["ours", "theirs"]  # each once, before time counts
     assert ran[2:] == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
