@@ -21,7 +21,13 @@ def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
     return [result for path in paths for result in json.loads(path.read_text())["results"]]
 
 
+_ENOUGH_PAIRS = 5
+"""With fewer an interval would say nothing: then the pairs themselves are shown."""
+
+
 def _interval(found: Mapping[str, Any]) -> str:
+    if found["pairs"] < _ENOUGH_PAIRS:
+        return f"{found['median_ratio']:.2f} (no interval)"
     low, high = found["interval_95"]
     return f"{found['median_ratio']:.2f} ({low:.2f} to {high:.2f})"
 
@@ -66,6 +72,7 @@ def draw(results: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
+    rcParams["svg.fonttype"] = "none"
     rcParams["svg.hashsalt"] = "rdmaload"  # the same figures give the same file
     written = []
     directory.mkdir(parents=True, exist_ok=True)
@@ -84,15 +91,20 @@ def draw(results: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
         for place, (_, found) in enumerate(rows):
             low, high = found["interval_95"]
             won = found["median_ratio"] >= 1
-            axes.plot([low, high], [place, place], color="tab:blue" if won else "tab:red", linewidth=2)
-            axes.plot([found["median_ratio"]], [place], "o", color="tab:blue" if won else "tab:red")
+            color = "tab:blue" if won else "tab:red"
+            if found["pairs"] < _ENOUGH_PAIRS:
+                axes.plot(found["ratios"], [place] * found["pairs"], "o", color=color, fillstyle="none")
+                continue
+            axes.plot([low, high], [place, place], color=color, linewidth=2)
+            axes.plot([found["median_ratio"]], [place], "o", color=color)
         axes.axvline(1, color="black", linewidth=1)
         axes.set_xscale("log")
         axes.set_yticks(range(len(rows)), [f"{label} ({found['pairs']} pairs)" for label, found in rows])
         axes.invert_yaxis()
         axes.tick_params(labelsize=8)
         axes.set_xlabel(
-            "their time by ours, median of the pairs and its 95% interval; above 1 ours is faster", fontsize=8
+            "their time by ours; above 1 ours is faster. Median and its 95% interval; hollow: each of few pairs",
+            fontsize=8,
         )
         axes.set_title(f"rdmaload from {source}, beside", fontsize=10)
         figure.tight_layout()

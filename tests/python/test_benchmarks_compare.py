@@ -172,13 +172,18 @@ def test_the_report_names_everyone_and_draws_those_with_a_ratio(tmp_path: Path) 
         "source": "file",
         "region": "one",
         "cache": "warm",
-        "against": {"quick": good, "liar": {"failed": "liar: WRONG BYTES: a", "pairs": 0}},
+        "against": {
+            "quick": good,
+            "once": {**good, "pairs": 1, "ratios": [0.5]},
+            "liar": {"failed": "liar: WRONG BYTES: a", "pairs": 0},
+        },
         "missing": {"absent": "needs a GPU"},
     }
     (tmp_path / "found.json").write_text(json.dumps({"results": [result]}))
     results = report.read([tmp_path / "found.json"])
     text = report.table(results)
     assert "0.50 (0.40 to 0.70)" in text
+    assert "| once | 1 | 0.50 (no interval) |" in text
     assert "| liar | 0 | WRONG BYTES: a |" in text
     assert "| absent | 0 | not run: needs a GPU |" in text
     # In a process of its own, because matplotlib never closes its fonts.
