@@ -1,7 +1,10 @@
-// The RDMA cards of this machine and what doctor asks about them.
+// The RDMA cards of this machine, what doctor asks about them, and the way from a card into GPU memory.
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include "bindings/register.h"
+#include "device/gpudirect.h"
+#include "transport/rdma/device_transport.h"
 #include "transport/rdma/devices.h"
 
 namespace py = pybind11;
@@ -44,6 +47,23 @@ py::dict describe(const rdma::Card& card) {
   return result;
 }
 
+// Its destruction waits for reads, which may need the GIL; in a forked process there is nobody to wait for.
+std::shared_ptr<rdma::DeviceTransport> make_device_transport(std::shared_ptr<rdma::RdmaTransport> network,
+                                                             std::shared_ptr<StagedTransport> staged,
+                                                             int device) {
+  py::gil_scoped_release release;
+  return {new rdma::DeviceTransport(std::move(network), std::move(staged), Device::get(device)),
+          [maker = getpid()](rdma::DeviceTransport* doomed) {
+            if (getpid() != maker) return;
+            if (PyGILState_Check() == 0) {
+              delete doomed;
+              return;
+            }
+            py::gil_scoped_release inner;
+            delete doomed;
+          }};
+}
+
 }  // namespace
 
 void register_rdma(py::module_& module) {
@@ -55,12 +75,16 @@ void register_rdma(py::module_& module) {
         return result;
       },
       py::arg("sysfs") = "/sys");
+  // (name, what lies between, hops), nearest first.
   module.def(
-      "rdma_nearest_card",
-      [](const std::string& pci_address, const std::string& sysfs) -> std::optional<std::string> {
+      "rdma_cards_by_distance",
+      [](const std::string& pci_address, const std::string& sysfs) {
         const std::vector<rdma::Card> cards = rdma::list_cards(sysfs);
-        const rdma::Card* card = rdma::nearest_card(cards, pci_address, sysfs);
-        return card == nullptr ? std::nullopt : std::optional(card->name);
+        std::vector<std::tuple<std::string, std::string, size_t>> result;
+        for (const rdma::CardDistance& distance : rdma::cards_by_distance(cards, pci_address, sysfs)) {
+          result.emplace_back(distance.card->name, rdma::name_of(distance.crossing), distance.hops);
+        }
+        return result;
       },
       py::arg("pci_address"), py::arg("sysfs") = "/sys");
   module.def(
@@ -74,6 +98,19 @@ void register_rdma(py::module_& module) {
         return std::tuple(route->netdev, route->address, card == nullptr ? std::string() : card->name);
       },
       py::arg("host"), py::arg("port"), py::call_guard<py::gil_scoped_release>());
+  py::class_<rdma::DeviceTransport, Transport, std::shared_ptr<rdma::DeviceTransport>>(module,
+                                                                                       "RdmaDeviceTransport")
+      .def(py::init(&make_device_transport), py::arg("network"), py::arg("staged"), py::kw_only(),
+           py::arg("device"))
+      .def(
+          "follow",
+          [](rdma::DeviceTransport& self, uint64_t stream) {
+            self.follow(reinterpret_cast<cuda::Stream>(static_cast<uintptr_t>(stream)));
+          },
+          py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "cuda_pci_address", [](int device) { return pci_address(Device::get(device)); }, py::arg("device"),
+      py::call_guard<py::gil_scoped_release>());
   module.def("memlock_limit", &rdma::memlock_limit);
   module.def(
       "rdma_probe",

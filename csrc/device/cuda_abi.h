@@ -43,6 +43,9 @@ constexpr unsigned kStreamNonBlocking = 1;        // CU_STREAM_NON_BLOCKING
 constexpr unsigned kEventBlockingSync = 1;        // CU_EVENT_BLOCKING_SYNC
 constexpr unsigned kEventDisableTiming = 2;       // CU_EVENT_DISABLE_TIMING
 
+constexpr int kAttributePciBus = 33;
+constexpr int kAttributePciDevice = 34;
+constexpr int kAttributePciDomain = 50;
 constexpr int kAttributeComputeMajor = 75;
 constexpr int kAttributeComputeMinor = 76;
 constexpr int kAttributeGpuDirectSupported = 116;
@@ -105,8 +108,9 @@ constexpr int kFlushToOwner = 100;
      void** extra))                                                                                          \
   X(pointer_set_attribute, "cuPointerSetAttribute", (const void* value, int attribute, cuda::Pointer pointer))
 
-// Newer ones, nullptr where the driver lacks them: CUDA 11.7 and 11.3.
-#define RDMALOAD_CUDA_OPTIONAL(X)                                                            \
-  X(handle_for_range, "cuMemGetHandleForAddressRange",                                       \
-    (void* handle, cuda::Pointer pointer, size_t bytes, int type, unsigned long long flags)) \
+// Newer ones, nullptr where the driver lacks them (CUDA 11.7 and 11.3), and one that only saves work.
+#define RDMALOAD_CUDA_OPTIONAL(X)                                                                           \
+  X(handle_for_range, "cuMemGetHandleForAddressRange",                                                      \
+    (void* handle, cuda::Pointer pointer, size_t bytes, int type, unsigned long long flags))                \
+  X(address_range, "cuMemGetAddressRange_v2", (cuda::Pointer * base, size_t* bytes, cuda::Pointer pointer)) \
   X(flush_gpudirect, "cuFlushGPUDirectRDMAWrites", (int target, int scope))

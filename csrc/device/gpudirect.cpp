@@ -2,6 +2,8 @@
 
 #include <unistd.h>
 
+#include <cstdio>
+
 #include "core/checked.h"
 
 namespace rdmaload {
@@ -36,6 +38,26 @@ DmaBuf export_dmabuf(const Device& device, cuda::Pointer pointer, uint64_t bytes
   device.driver().check("cuMemGetHandleForAddressRange",
                         device.driver().handle_for_range(&fd, begin, length, cuda::kHandleTypeDmaBufFd, 0));
   return DmaBuf(fd, pointer - begin, length);
+}
+
+std::optional<std::pair<cuda::Pointer, uint64_t>> allocation_range(const Device& device,
+                                                                   cuda::Pointer pointer) {
+  if (device.driver().address_range == nullptr) return std::nullopt;
+  const DeviceGuard guard(device);
+  cuda::Pointer base = 0;
+  size_t bytes = 0;
+  if (device.driver().address_range(&base, &bytes, pointer) != cuda::kSuccess) return std::nullopt;
+  if (pointer < base || pointer - base >= bytes) return std::nullopt;
+  return std::pair{base, uint64_t{bytes}};
+}
+
+std::string pci_address(const Device& device) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%04x:%02x:%02x.0",
+                static_cast<unsigned>(device.attribute(cuda::kAttributePciDomain)),
+                static_cast<unsigned>(device.attribute(cuda::kAttributePciBus)),
+                static_cast<unsigned>(device.attribute(cuda::kAttributePciDevice)));
+  return text;
 }
 
 bool has_peermem() { return access("/sys/module/nvidia_peermem/version", F_OK) == 0; }

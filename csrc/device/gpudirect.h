@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -35,6 +36,11 @@ bool has_dmabuf(const Device& device, std::string* why = nullptr);
 // Exports [pointer, pointer + bytes), widened to host pages. The memory must be of cuMemAlloc (or
 // cudaMalloc), whole pages of it. Throws kNotSupported, kInvalid, kDevice.
 DmaBuf export_dmabuf(const Device& device, cuda::Pointer pointer, uint64_t bytes);
+// Begin and size of the allocation that this address lies in; nullopt where the driver does not say.
+std::optional<std::pair<cuda::Pointer, uint64_t>> allocation_range(const Device& device,
+                                                                   cuda::Pointer pointer);
+// "0000:18:00.0", as sysfs names the device.
+std::string pci_address(const Device& device);
 // Whether memory can be registered with plain ibv_reg_mr instead: NVIDIA's peermem module is loaded.
 bool has_peermem();
 // Synchronous memory operations on this allocation wait for everything before them: needed where a card

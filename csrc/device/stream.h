@@ -62,7 +62,9 @@ class Event {
     return device_->driver().status("cuEventSynchronize", device_->driver().event_synchronize(handle_));
   }
   // Whether it has fired; an error counts as not.
-  bool fired() const noexcept { return device_->driver().event_query(handle_) == cuda::kSuccess; }
+  bool fired() const noexcept { return query() == cuda::kSuccess; }
+  // kSuccess, kNotReady, or what went wrong: then it never fires.
+  cuda::Result query() const noexcept { return device_->driver().event_query(handle_); }
 
  private:
   const Device* device_;

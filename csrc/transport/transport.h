@@ -33,6 +33,13 @@ struct Segment {
 
 class ReadOwner;
 
+// Marks a read whose segments are GPU memory that a network card is to fill; nothing on the host may follow
+// their addresses. Only rdma::RdmaTransport takes such reads: it completes those that it cannot place with
+// kNotSupported, and leaves `crc` alone.
+struct DeviceFill {
+  std::vector<uint32_t> dropped_crcs;  // of each dropped segment that is not empty, with Read::checksum
+};
+
 // When what happened to one attempt of a read; unset where a transport does not say.
 struct ReadTimes {
   Clock::time_point taken;       // a connection or worker took it from the queue (ReadQueue)
@@ -53,6 +60,7 @@ struct Read {
   bool checksum = false;
   uint64_t priority = 0;  // lower first, where several owners' reads wait
   ReadOwner* owner = nullptr;
+  DeviceFill* device_fill = nullptr;
   // Bytes at the front that failed attempts left in place, `crc` being theirs; other transports leave it 0.
   uint64_t received = 0;
 

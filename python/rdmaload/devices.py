@@ -137,7 +137,7 @@ def checked_device(device: str | torch.device) -> torch.device:
 
 
 class DeviceRoad:
-    """Reads of one source into memory of one GPU, through page-locked buffers. Raises DeviceError."""
+    """Reads of one source into memory of one GPU, straight or through page-locked buffers. Raises DeviceError."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class DeviceRoad:
         """What reads are submitted to."""
         self.extra_bytes = options.device_extra_bytes - self.staged.block_bytes
         self.direct_refusal = ""
-        """Why GPUDirect Storage is not used, where files could have been read so."""
+        """Why GPUDirect Storage, or GPUDirect RDMA, is not used where it could have been."""
         if isinstance(source, _core.FileTransport) and options.file_io != "buffered" and options.gds == "auto":
             try:
                 gds = _core.GdsTransport(source, self.staged, device=ordinal, read_bytes=read_bytes, device_bytes=part)
@@ -176,6 +176,12 @@ class DeviceRoad:
             else:
                 self.transport = gds
                 self.extra_bytes -= gds.block_bytes
+        self._network: _core.RdmaDeviceTransport | None = None
+        if isinstance(source, _core.RdmaTransport) and options.gpudirect == "auto":
+            try:
+                self._network = self.transport = _core.RdmaDeviceTransport(source, self.staged, device=ordinal)
+            except NotSupportedError as error:
+                self.direct_refusal = str(error)
         self.queued_bytes = max(options.staging_bytes, 2 * read_bytes)
 
     @property
@@ -186,7 +192,8 @@ class DeviceRoad:
     @property
     def fallback_reason(self) -> str:
         """Why a faster way was not taken; empty when none was given up."""
-        return self.transport.fallback_reason or (self.direct_refusal if "file-direct" in self.path else "")
+        direct = "file-direct" in self.path or self.path.startswith("resp-rdma")
+        return self.transport.fallback_reason or (self.direct_refusal if direct else "")
 
     def empty(self, spec: TensorSpec) -> torch.Tensor:
         """A tensor for what is stored."""
@@ -195,7 +202,10 @@ class DeviceRoad:
 
     def destinations(self, tensors: Sequence[torch.Tensor]) -> list[_core.DeviceDestination]:
         """The memory of contiguous tensors of this device, for reads that are submitted from now on."""
-        self.staged.follow(self._devices.current_stream(self._ordinal))
+        stream = self._devices.current_stream(self._ordinal)
+        self.staged.follow(stream)
+        if self._network is not None:
+            self._network.follow(stream)
         return [_core.DeviceDestination(tensor.data_ptr(), tensor.nbytes, tensor) for tensor in tensors]
 
     def hand_out(self, tensors: Sequence[torch.Tensor]) -> None:

@@ -193,6 +193,8 @@ class Options:
     """"on" computes checksums again in GPU memory, so that the way there is verified too."""
     gds: Literal["auto", "off"] = _option(_one_of("auto", "off"), "auto")
     """"auto" reads cold local files into GPU memory by GPUDirect Storage where that is direct; "off" never does."""
+    gpudirect: Literal["auto", "off"] = _option(_one_of("auto", "off"), "auto")
+    """"auto" has RDMA cards write into GPU memory where card and GPU can; "off" goes through page-locked memory."""
     username: str | None = _option(_text, None)
     """User at the store; None = its default user."""
     password: str | None = _option(_text, None, secret=True)

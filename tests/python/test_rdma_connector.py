@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -11,12 +12,15 @@ from pathlib import Path
 import pytest
 
 import rdmaload
+from rdmaload import _core, devices
 from rdmaload.cli import main
+from rdmaload.cli.rdma_checks import rdma_checks
 from rdmaload.connectors import connector_for
 from rdmaload.connectors.rdma import RdmaConnector
 from rdmaload.errors import NotSupportedError, UnavailableError, UrlError
 from rdmaload.stats import LoadStats
 from tests.support.checkpoints import compare, llama_like
+from tests.support.fake_gpu import FakeGpu
 from tests.support.servers import RedisServer
 
 pytestmark = pytest.mark.skipif(
@@ -104,6 +108,58 @@ def test_every_way_to_load_works(saved: tuple[RedisServer, Path]) -> None:
     stats = rdmaload.load_into(target, url)
     compare(target, directory)
     assert stats.path == "resp-tcp"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    fake = FakeGpu()
+    monkeypatch.setattr(devices, "allocator", lambda: fake)
+    yield fake
+    gc.collect()
+    _core.release_pinned_memory()
+    fake.close()
+
+
+def test_a_load_into_a_gpu_goes_over_tcp_and_says_why(saved: tuple[RedisServer, Path], gpu: FakeGpu) -> None:
+    server, directory = saved
+    url = f"rdma://127.0.0.1:{server.port}/m"
+    stats = LoadStats()
+    state = rdmaload.load(url, device="cuda:0", stats=stats)
+    compare({name: gpu.seen(tensor) for name, tensor in state.items()}, directory)
+    assert stats.path == "resp-tcp+staged-gpu"
+    assert stats.fallback_reason is not None
+    assert stats.fallback_reason.startswith("no RDMA: ")
+    assert "page-locked" not in stats.fallback_reason  # that follows from it
+    assert stats.retries == 0
+    filled = {name: gpu.empty(tensor.shape, tensor.dtype, 1) for name, tensor in state.items()}
+    stats = rdmaload.load_into(filled, url)
+    compare({name: gpu.seen(tensor) for name, tensor in filled.items()}, directory)
+    assert stats.path == "resp-tcp+staged-gpu"
+    with pytest.raises((NotSupportedError, UnavailableError), match=r"RDMA|rdma|ibverbs|device|card"):
+        rdmaload.load(url, device="cuda:0", fallback="never", retry_timeout=0.1)
+
+
+def test_a_gpu_that_cannot_order_a_cards_writes_is_filled_otherwise(
+    saved: tuple[RedisServer, Path], gpu: FakeGpu
+) -> None:
+    server, directory = saved
+    gpu.set_attribute(117, 0)  # no way to flush
+    state = rdmaload.load(f"rdma://127.0.0.1:{server.port}/m", device="cuda:0")
+    compare({name: gpu.seen(tensor) for name, tensor in state.items()}, directory)
+
+
+def test_doctor_shows_which_card_is_near_which_gpu(monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu) -> None:
+    asked: list[str] = []
+
+    def by_distance(address: str) -> list[tuple[str, str, int]]:
+        asked.append(address)
+        return [("mlx5_2", "below one PCI root", 2), ("mlx5_0", "perhaps across CPU sockets", 9)]
+
+    monkeypatch.setattr(_core, "rdma_cards_by_distance", by_distance)
+    with open_rdma("rdma://127.0.0.1:1/m") as connector:
+        shown = {check.name: check.value for check in rdma_checks(connector)}
+    assert asked == ["0000:00:00.0"] * 2  # as the fake driver has it
+    assert shown["rdma cards near cuda:1"].startswith("mlx5_2 (below one PCI root, 2 hops), mlx5_0")
 
 
 def test_never_falling_back_is_an_error_that_says_what_is_missing(saved: tuple[RedisServer, Path]) -> None:

@@ -31,6 +31,8 @@ _STATE_FIELDS = (
     "copies",
     "launches",
     "context_depth",
+    "card_writes",
+    "late_writes",
 )
 
 
@@ -109,6 +111,9 @@ class FakeGpu:
 
     def fail_call(self, symbol: str, nth: int, result: int = 2) -> None:
         self._driver.fake_cuda_fail_call(symbol.encode(), nth, result)
+
+    def set_attribute(self, attribute: int, value: int) -> None:
+        self._driver.fake_cuda_set_attribute(attribute, value)
 
     def corrupt_copy(self, nth: int) -> None:
         self._driver.fake_cuda_corrupt_copy(nth)

@@ -1,6 +1,9 @@
 #include "transport/rdma/destinations.h"
 
 #include <algorithm>
+#include <functional>
+
+#include "device/gpudirect.h"
 
 namespace rdmaload::rdma {
 
@@ -17,6 +20,17 @@ class Destinations::Lease {
   const std::vector<std::shared_ptr<Slab>> slabs_;
 };
 
+namespace {
+
+// The allocation of the driver's that these bytes begin in; the bytes themselves where it will not say.
+std::span<std::byte> allocation_of(const Device& device, std::span<std::byte> memory) {
+  const auto found = allocation_range(device, reinterpret_cast<uintptr_t>(memory.data()));
+  if (!found) return memory;
+  return {memory.data() - (reinterpret_cast<uintptr_t>(memory.data()) - found->first), found->second};
+}
+
+}  // namespace
+
 std::shared_ptr<void> Destinations::add(std::span<const std::span<std::byte>> blocks) {
   std::vector<std::shared_ptr<Slab>> added;
   for (std::span<std::byte> block : blocks) {
@@ -27,6 +41,41 @@ std::shared_ptr<void> Destinations::add(std::span<const std::span<std::byte>> bl
       added.push_back(std::move(slab));
     }
   }
+  return add_slabs(std::move(added));
+}
+
+std::shared_ptr<void> Destinations::add(Device& device, std::span<const std::span<std::byte>> blocks) {
+  std::vector<std::span<std::byte>> sorted(blocks.begin(), blocks.end());
+  std::sort(sorted.begin(), sorted.end(),
+            [](const auto& a, const auto& b) { return std::less<>()(a.data(), b.data()); });
+  std::vector<std::shared_ptr<Slab>> added;
+  std::span<std::byte> allocation;  // that the last slab lies in
+  for (std::span<std::byte> block : sorted) {
+    while (!block.empty()) {
+      const std::byte* end =
+          added.empty() ? nullptr : added.back()->memory.data() + added.back()->memory.size();
+      if (block.data() == end && end < allocation.data() + allocation.size()) {
+        std::span<std::byte>& memory = added.back()->memory;
+        const auto room = static_cast<size_t>(allocation.data() + allocation.size() - end);
+        const size_t taken = std::min({block.size(), room, static_cast<size_t>(slab_bytes_) - memory.size()});
+        memory = {memory.data(), memory.size() + taken};
+        block = block.subspan(taken);
+        if (taken > 0) continue;
+      }
+      allocation = allocation_of(device, block);
+      auto slab = std::make_shared<Slab>();
+      slab->device = &device;
+      slab->memory = block.first(
+          std::min<uint64_t>({block.size(), slab_bytes_,
+                              static_cast<uint64_t>(allocation.data() + allocation.size() - block.data())}));
+      block = block.subspan(slab->memory.size());
+      added.push_back(std::move(slab));
+    }
+  }
+  return add_slabs(std::move(added));
+}
+
+std::shared_ptr<void> Destinations::add_slabs(std::vector<std::shared_ptr<Slab>> added) {
   auto lease = std::make_shared<Lease>(shared_from_this(), added);
   std::lock_guard lock(mutex_);
   if (!revoked_) {
@@ -79,15 +128,19 @@ Destinations::Found Destinations::find(std::span<std::byte> wanted,
   std::lock_guard lock(slab->mutex);
   if (!slab->tried) {
     slab->tried = true;
+    const MemoryRegistrar registrar(domain, slab_bytes_);
     Registration made =
-        MemoryRegistrar(domain, slab_bytes_).register_host(slab->memory, Access::kRemoteWrite);
+        slab->device == nullptr
+            ? registrar.register_host(slab->memory, Access::kRemoteWrite)
+            : registrar.register_device(*slab->device, reinterpret_cast<uintptr_t>(slab->memory.data()),
+                                        slab->memory.size(), Access::kRemoteWrite);
     std::lock_guard counters(mutex_);
     if (made.registered()) {
       registered_bytes_ += slab->memory.size();
       ++registrations_;
       slab->registration = std::move(made);
-    } else if (reason_.empty()) {
-      reason_ = made.reason();
+    } else if (std::string& reason = slab->device == nullptr ? reason_ : device_reason_; reason.empty()) {
+      reason = made.reason();
     }
   }
   if (!slab->registration) return {nullptr, {}, bytes};
@@ -112,6 +165,11 @@ void Destinations::revoke() noexcept {
 std::string Destinations::reason() const {
   std::lock_guard lock(mutex_);
   return reason_;
+}
+
+std::string Destinations::device_reason() const {
+  std::lock_guard lock(mutex_);
+  return device_reason_;
 }
 
 uint64_t Destinations::registered_bytes() const {

@@ -2,8 +2,9 @@
 // slabs, not once per tensor.
 //
 // The loader says beforehand what blocks there are (Transport::prepare); their registrations end with what it
-// got for that, or with revoke(). Any thread may use it. Registering takes milliseconds per slab, during
-// which only those wait who need that slab.
+// got for that, or with revoke(). Blocks of a GPU are known by their addresses, which no host memory has. Any
+// thread may use it. Registering takes milliseconds per slab, during which only those wait who need that
+// slab.
 #pragma once
 
 #include <map>
@@ -27,6 +28,9 @@ class Destinations : public std::enable_shared_from_this<Destinations> {
 
   // Deregistered when the result is destroyed. The memory outlives it.
   std::shared_ptr<void> add(std::span<const std::span<std::byte>> blocks);
+  // The same of memory of a GPU, which is registered whatever its size: it has no other way to be written
+  // directly. Blocks that touch each other and lie in one allocation are registered as one.
+  std::shared_ptr<void> add(Device& device, std::span<const std::span<std::byte>> blocks);
 
   // What is known of the bytes at `data`.
   struct Found {
@@ -43,19 +47,23 @@ class Destinations : public std::enable_shared_from_this<Destinations> {
 
   // Ends all registrations, and there will be no more. Nobody may use a region any longer.
   void revoke() noexcept;
-  // Why something was staged that is long enough to be registered; empty when nothing was.
+  // Why something was staged that is long enough to be registered; empty when nothing was. Not of GPU memory.
   std::string reason() const;
+  // Why some GPU memory could not be registered; empty when all could.
+  std::string device_reason() const;
   uint64_t registered_bytes() const;
   uint64_t registrations() const;  // how many were ever made
 
  private:
   struct Slab {
     std::span<std::byte> memory;
+    Device* device = nullptr;  // whose memory it is; null: the host's
     std::mutex mutex;
     bool tried = false;                        // Guarded by mutex, as the next.
     std::optional<Registration> registration;  // none: staged
   };
   class Lease;
+  std::shared_ptr<void> add_slabs(std::vector<std::shared_ptr<Slab>> slabs);
   void remove(const std::vector<std::shared_ptr<Slab>>& slabs) noexcept;
 
   const uint64_t slab_bytes_;
@@ -63,6 +71,7 @@ class Destinations : public std::enable_shared_from_this<Destinations> {
   std::multimap<std::byte*, std::shared_ptr<Slab>> slabs_;  // Guarded by mutex_, as all below. By address.
   bool revoked_ = false;
   std::string reason_;
+  std::string device_reason_;
   uint64_t registered_bytes_ = 0;
   uint64_t registrations_ = 0;
 };

@@ -213,30 +213,55 @@ const Card* card_named(std::span<const Card> cards, const std::string& name) {
   return nullptr;
 }
 
-const Card* nearest_card(std::span<const Card> cards, const std::string& pci_address,
-                         const std::string& sysfs) {
+const char* name_of(CardDistance::Crossing crossing) noexcept {
+  switch (crossing) {
+    case CardDistance::Crossing::kNothing:
+      return "below one PCI root";
+    case CardDistance::Crossing::kCpu:
+      return "across the CPU";
+    case CardDistance::Crossing::kSockets:
+      return "perhaps across CPU sockets";
+  }
+  return "";
+}
+
+std::vector<CardDistance> cards_by_distance(std::span<const Card> cards, const std::string& pci_address,
+                                            const std::string& sysfs) {
   std::string lower = pci_address;
   std::transform(lower.begin(), lower.end(), lower.begin(), [](unsigned char c) { return std::tolower(c); });
   const fs::path device = fs::path(sysfs) / "bus" / "pci" / "devices" / lower;
   const std::vector<std::string> here = pci_steps(real_path(device));
   const std::string node_text = line_of(device / "numa_node");
   const int node = node_text.empty() ? -1 : std::atoi(node_text.c_str());
-  const Card* nearest = nullptr;
-  std::pair<int, size_t> least{};
+  std::vector<CardDistance> distances;
   for (const Card& card : cards) {
     if (!card.usable()) continue;
     const std::vector<std::string> there = pci_steps(card.pci_path);
     size_t common = 0;
     while (common < here.size() && common < there.size() && here[common] == there[common]) ++common;
-    // Below one root: by hops. Else the traffic crosses the CPU, or even two of them.
-    const int crossing = common > 0 ? 0 : card.numa_node >= 0 && card.numa_node == node ? 1 : 2;
-    const std::pair<int, size_t> distance{crossing, here.size() + there.size() - 2 * common};
-    if (nearest == nullptr || distance < least) {
-      nearest = &card;
-      least = distance;
-    }
+    // Else the traffic crosses the CPU, or even two of them.
+    const auto crossing = common > 0                                      ? CardDistance::Crossing::kNothing
+                          : card.numa_node >= 0 && card.numa_node == node ? CardDistance::Crossing::kCpu
+                                                                          : CardDistance::Crossing::kSockets;
+    distances.push_back({&card, crossing, here.size() + there.size() - 2 * common});
   }
-  return nearest;
+  std::stable_sort(distances.begin(), distances.end(), [](const CardDistance& a, const CardDistance& b) {
+    return std::pair(a.crossing, a.hops) < std::pair(b.crossing, b.hops);
+  });
+  return distances;
+}
+
+std::vector<std::string> cards_to_try(std::span<const Card> cards, const std::string& near,
+                                      const std::string& sysfs) {
+  std::vector<std::string> names;
+  if (!near.empty()) {
+    for (const CardDistance& distance : cards_by_distance(cards, near, sysfs)) {
+      names.push_back(distance.card->name);
+    }
+    if (names.size() == 1) names.clear();
+  }
+  names.emplace_back();
+  return names;
 }
 
 std::optional<std::string> address_of_card(const Card& card, const std::string& like) {

@@ -55,10 +55,25 @@ std::optional<Route> route_to(const std::string& host, int port);
 // The card whose network interface this is; nullptr: none (its traffic takes TCP).
 const Card* card_of_netdev(std::span<const Card> cards, const std::string& netdev);
 const Card* card_named(std::span<const Card> cards, const std::string& name);
-// The usable card nearest to a PCI device such as a GPU ("0000:18:00.0"): by hops in the PCI tree, across its
-// roots by NUMA node. nullptr when no card is usable. Equally near ones: the first.
-const Card* nearest_card(std::span<const Card> cards, const std::string& pci_address,
-                         const std::string& sysfs = "/sys");
+// Where a card is, seen from another PCI device such as a GPU ("0000:18:00.0").
+struct CardDistance {
+  const Card* card = nullptr;
+  enum class Crossing {
+    kNothing,
+    kCpu,
+    kSockets
+  } crossing = Crossing::kSockets;  // below one PCI root: nothing
+  size_t hops = 0;                  // bridges and functions between the two, in the PCI tree
+};
+const char* name_of(CardDistance::Crossing crossing) noexcept;
+// The usable cards, nearest first: by hops below one root, else by NUMA node. Equally near ones keep their
+// order.
+std::vector<CardDistance> cards_by_distance(std::span<const Card> cards, const std::string& pci_address,
+                                            const std::string& sysfs = "/sys");
+// The names of cards to connect over, one after the other; an empty name leaves it to the route, which is
+// always the last. `near`: a PCI address; empty, or where there is only one usable card: the route alone.
+std::vector<std::string> cards_to_try(std::span<const Card> cards, const std::string& near,
+                                      const std::string& sysfs = "/sys");
 // An address of the card's interfaces in the family of `like` (a numeric address), to bind to.
 std::optional<std::string> address_of_card(const Card& card, const std::string& like);
 

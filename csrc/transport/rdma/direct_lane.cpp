@@ -3,6 +3,7 @@
 //
 // Pieces whose bytes nobody wants (they are part of the checksum), and pieces of memory that is not
 // registered, go to a ring of registered memory; those of the latter kind are copied from there and counted.
+// Of a read into GPU memory all wanted pieces must be registered: nothing is copied there from here.
 #include <algorithm>
 #include <cstring>
 #include <deque>
@@ -147,6 +148,7 @@ class DirectLane final : public Lane {
     read.crc = 0;
     read.copied_bytes = 0;
     read.checksum_time = {};
+    if (read.device_fill != nullptr) read.device_fill->dropped_crcs.clear();
     uint64_t offset = read.offset, staged_bytes = 0;
     for (const Segment& segment : read.segments) {
       std::byte* data = segment.data;
@@ -156,6 +158,11 @@ class DirectLane final : public Lane {
           const auto found = destinations_->find({data, left}, session_->channel().domain());
           piece.length = found.bytes;
           piece.is_staged = found.region == nullptr;
+          if (piece.is_staged && read.device_fill != nullptr) {
+            complete(read, Status(ErrorCode::kNotSupported,
+                                  "the card cannot write there: " + destinations_->device_reason()));
+            return true;
+          }
           if (!piece.is_staged) {
             piece.address = found.remote_address(data);
             piece.key = found.region->remote_key();
@@ -282,6 +289,14 @@ class DirectLane final : public Lane {
   // The bytes have arrived: the checksum of all of them in their order, and the staged ones to their places.
   void deliver(InFlight& entry) {
     Read& read = *entry.read;
+    if (read.device_fill != nullptr) {  // what is on the GPU is verified there
+      for (const Piece& piece : entry.pieces) {
+        if (piece.data == nullptr) {
+          read.device_fill->dropped_crcs.push_back(crc32c(0, {piece.staged, piece.length}));
+        }
+      }
+      return;
+    }
     const auto begin = read.checksum ? Clock::now() : Clock::time_point{};
     for (const Piece& piece : entry.pieces) {
       const std::byte* bytes = piece.is_staged ? piece.staged : piece.data;

@@ -166,6 +166,8 @@ struct Remote {
   int port = 0;
   std::string device;                        // the card to use, such as "mlx5_0"; empty: the route decides
   std::shared_ptr<ProtectionDomain> domain;  // null: one of its own
+  // A PCI device ("0000:18:00.0"): where no card is named, the one nearest to it that leads to the host.
+  std::string near = {};
 };
 
 // Where queue pairs come from.

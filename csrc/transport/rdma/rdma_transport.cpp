@@ -50,7 +50,11 @@ RdmaTransport::~RdmaTransport() {
 
 void RdmaTransport::submit(Read& read, Clock::time_point not_before) {
   if (Transport* tcp = tcp_ready_.load()) {
-    tcp->submit(read, not_before);
+    if (read.device_fill != nullptr) {
+      read.owner->complete(read, no_device_way());
+    } else {
+      tcp->submit(read, not_before);
+    }
     return;
   }
   uint64_t longest = longest_read_.load();
@@ -80,6 +84,16 @@ std::string RdmaTransport::fallback_reason() const {
 std::string RdmaTransport::description() const {
   std::lock_guard lock(mutex_);
   return description_;
+}
+
+void RdmaTransport::prefer_card_near(const std::string& pci_address) {
+  std::lock_guard lock(mutex_);
+  if (near_.empty()) near_ = pci_address;
+}
+
+Status RdmaTransport::no_device_way() const {
+  std::lock_guard lock(mutex_);
+  return Status(ErrorCode::kNotSupported, reason_);
 }
 
 bool RdmaTransport::leaving() const {
@@ -209,6 +223,10 @@ std::unique_ptr<Lane> RdmaTransport::open_lane(const std::shared_ptr<ProtectionD
   remote.port = options_.endpoint.port;
   remote.device = options_.device;
   remote.domain = domain;
+  {
+    std::lock_guard lock(mutex_);
+    remote.near = near_;
+  }
   auto session = std::make_unique<Session>(*options_.fabric, options_.endpoint, remote,
                                            static_cast<uint32_t>(window), give_up);
   {
@@ -274,7 +292,13 @@ void RdmaTransport::leave(std::unique_ptr<Lane>& lane, const Status& status) {
 
 // Reads that were queued for RDMA, some of them for later.
 void RdmaTransport::serve_over_tcp() {
-  while (Read* read = queue_.pop(Deadline::never())) tcp_->submit(*read);
+  while (Read* read = queue_.pop(Deadline::never())) {
+    if (read->device_fill != nullptr) {
+      read->owner->complete(*read, no_device_way());
+    } else {
+      tcp_->submit(*read);
+    }
+  }
 }
 
 }  // namespace rdmaload::rdma

@@ -7,6 +7,9 @@
 // deregistered, and only then are reads completed or handed to the transport over TCP. So nothing can land
 // where TCP's bytes are.
 //
+// Reads into GPU memory (Read::device_fill) come from DeviceTransport. What cannot be placed there directly
+// is handed back with kNotSupported, and once the way was left so are all of them.
+//
 // A connection that had worked and was lost is made anew once reads are left; only when that fails, or when a
 // server is silent, is the way taken for dead. Without `may_fall_back` errors are the reads' own, and the way
 // is tried again with growing pauses.
@@ -52,6 +55,16 @@ class RdmaTransport final : public Transport {
   std::shared_ptr<void> prepare(std::span<const std::span<std::byte>> destinations) override {
     return destinations_->add(destinations);
   }
+  std::shared_ptr<void> prepare(Device& device, std::span<const std::span<std::byte>> destinations) {
+    return destinations_->add(device, destinations);
+  }
+  // Of connections that are not made yet: over the card nearest to this PCI device, where no card was named
+  // and several lead to the server. The first call counts.
+  void prefer_card_near(const std::string& pci_address);
+  // Whether the way was given up for good.
+  bool has_left_rdma() const noexcept { return tcp_ready_.load() != nullptr; }
+  // Why GPU memory was not registered; empty when nothing of it was refused.
+  std::string device_reason() const { return destinations_->device_reason(); }
   std::string_view path() const noexcept override;
   std::string fallback_reason() const override;
   std::string description() const override;
@@ -67,6 +80,7 @@ class RdmaTransport final : public Transport {
   bool has_other_lanes(bool has_one) const;
   void wait_until_left();
   void serve_over_tcp();
+  Status no_device_way() const;
   void drop(std::unique_ptr<Lane>& lane, const Status& status);
   void end_way_locked();
 
@@ -83,6 +97,7 @@ class RdmaTransport final : public Transport {
   bool revoked_ = false;  // on TCP, and nothing can write by RDMA any more
   std::string reason_;    // why the way was left
   std::string description_;
+  std::string near_;  // a PCI address
   std::shared_ptr<ProtectionDomain> domain_;
   std::unique_ptr<Transport> tcp_;  // set once, before tcp_ready_
   std::atomic<Transport*> tcp_ready_{nullptr};

@@ -24,6 +24,8 @@ constexpr uint32_t kInlineBytes = 64;  // asked for: every control message, and 
 constexpr int kListenBacklog = 128;
 // An address that nobody answers for is given up by the kernel after as long; the deadline may come first.
 constexpr int kResolveMilliseconds = 5000;
+// The same over a card that would be the best, where another may do.
+constexpr int kPreferredMilliseconds = 1000;
 // How long close() waits for a card to hand back what was posted, before it destroys the queue pair
 // regardless.
 constexpr std::chrono::seconds kDrainTime{5};
@@ -565,7 +567,8 @@ void await(Events& events, int wanted, const std::string& step, Deadline deadlin
 }
 
 std::unique_ptr<rdma::QueuePair> resolve_one(const Libraries& libraries, const Remote& remote,
-                                             sockaddr_storage to, Deadline deadline, const GiveUp& give_up) {
+                                             sockaddr_storage to, Deadline deadline, int step_milliseconds,
+                                             const GiveUp& give_up) {
   const std::string target = text_of(to);
   std::optional<sockaddr_storage> from;
   if (!remote.device.empty()) {
@@ -582,7 +585,7 @@ std::unique_ptr<rdma::QueuePair> resolve_one(const Libraries& libraries, const R
   }
   auto events = std::make_unique<Events>(libraries);
   auto id = std::make_unique<Id>(libraries, *events);
-  const int limit = std::max(1, deadline.poll_milliseconds(kResolveMilliseconds));
+  const int limit = std::max(1, deadline.poll_milliseconds(step_milliseconds));
   const std::string addressing = "finding an RDMA card for " + target;
   if (libraries.rdma_resolve_addr(id->get(), from ? reinterpret_cast<sockaddr*>(&*from) : nullptr,
                                   reinterpret_cast<sockaddr*>(&to), limit) != 0) {
@@ -595,8 +598,8 @@ std::unique_ptr<rdma::QueuePair> resolve_one(const Libraries& libraries, const R
                 addressing + ": the route has " + (*id)->verbs->device->name + ", not " + remote.device);
   }
   const std::string routing = "finding an RDMA route to " + target;
-  if (libraries.rdma_resolve_route(id->get(),
-                                   std::max(1, deadline.poll_milliseconds(kResolveMilliseconds))) != 0) {
+  if (libraries.rdma_resolve_route(id->get(), std::max(1, deadline.poll_milliseconds(step_milliseconds))) !=
+      0) {
     throw Error(ErrorCode::kUnavailable, routing + ": " + std::strerror(errno));
   }
   await(*events, abi::kEventRouteResolved, routing, deadline, give_up);
@@ -622,14 +625,27 @@ std::unique_ptr<rdma::QueuePair> VerbsFabric::resolve(const Remote& remote, Dead
   const Libraries& libraries = usable_libraries();
   const auto addresses =
       addresses_of(remote.host, remote.port, 0, remote.host + ":" + std::to_string(remote.port));
-  for (size_t i = 0; i + 1 < addresses.size(); ++i) {
+  std::vector<std::string> names{remote.device};
+  if (remote.device.empty()) names = cards_to_try(list_cards(), remote.near);
+  // Memory is registered with the card of the first connection, so the others go over it too.
+  if (remote.domain != nullptr && names.size() > 1) names = {remote.domain->device(), ""};
+  std::vector<std::pair<std::string, sockaddr_storage>> tries;
+  for (const std::string& name : names) {
+    for (const sockaddr_storage& address : addresses) tries.emplace_back(name, address);
+  }
+  for (size_t i = 0;; ++i) {
+    Remote over = remote;
+    over.device = tries.at(i).first;
+    const bool last = i + 1 == tries.size();
+    const bool preferred = !over.device.empty() && remote.device.empty();
     try {
-      return resolve_one(libraries, remote, addresses[i], deadline, give_up);
+      return resolve_one(libraries, over, tries[i].second, deadline,
+                         preferred ? kPreferredMilliseconds : kResolveMilliseconds, give_up);
     } catch (const Error& error) {
-      if (error.code() != ErrorCode::kUnavailable) throw;  // else the next address
+      // Else the next address, or the next card.
+      if (last || error.code() != ErrorCode::kUnavailable) throw;
     }
   }
-  return resolve_one(libraries, remote, addresses.at(addresses.size() - 1), deadline, give_up);
 }
 
 std::unique_ptr<Listener> VerbsFabric::listen(const std::string& address, int port, bool share_domain) {

@@ -31,7 +31,25 @@ def rdma_checks(connector: RdmaConnector) -> Iterator[Check]:
             continue
         missing.append(probe["name"])
         yield Check(f"rdma {probe['name']}", "fail" if required else "warn", probe["detail"], probe["next_step"])
+    yield from _nearest_cards(connector)
     yield _way(connector, missing, required)
+
+
+def _nearest_cards(connector: RdmaConnector) -> Iterator[Check]:
+    """For each GPU the cards by their distance: loads into it go over the first from which the server is reached."""
+    from rdmaload import _core
+
+    try:
+        count = _core.cuda_device_count()
+    except RdmaloadError:
+        return
+    for ordinal in range(count):
+        cards = _core.rdma_cards_by_distance(_core.cuda_pci_address(ordinal))
+        if not cards:
+            return
+        shown = ", ".join(f"{name} ({between}, {hops} hops)" for name, between, hops in cards)
+        taken = f"{connector.card} is named in the url; by distance: " if connector.card else ""
+        yield Check(f"rdma cards near cuda:{ordinal}", "ok", taken + shown)
 
 
 def _way(connector: RdmaConnector, missing: list[str], required: bool) -> Check:

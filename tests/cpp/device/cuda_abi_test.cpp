@@ -32,6 +32,9 @@ static_assert(CU_MEMHOSTREGISTER_PORTABLE == cuda::kMemHostRegisterPortable);
 static_assert(CU_STREAM_NON_BLOCKING == cuda::kStreamNonBlocking);
 static_assert(CU_EVENT_BLOCKING_SYNC == cuda::kEventBlockingSync);
 static_assert(CU_EVENT_DISABLE_TIMING == cuda::kEventDisableTiming);
+static_assert(CU_DEVICE_ATTRIBUTE_PCI_BUS_ID == cuda::kAttributePciBus);
+static_assert(CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID == cuda::kAttributePciDevice);
+static_assert(CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID == cuda::kAttributePciDomain);
 static_assert(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR == cuda::kAttributeComputeMajor);
 static_assert(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR == cuda::kAttributeComputeMinor);
 static_assert(CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_SUPPORTED == cuda::kAttributeGpuDirectSupported);
@@ -112,6 +115,7 @@ CHECK_ENTRY(pointer_set_attribute, cuPointerSetAttribute);
 #if CUDA_VERSION >= 11070
 CHECK_ENTRY(handle_for_range, cuMemGetHandleForAddressRange);
 CHECK_ENTRY(flush_gpudirect, cuFlushGPUDirectRDMAWrites);
+CHECK_ENTRY(address_range, cuMemGetAddressRange_v2);
 #endif
 
 }  // namespace

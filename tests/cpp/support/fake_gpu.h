@@ -3,6 +3,7 @@
 
 #include <dlfcn.h>
 
+#include <functional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -57,6 +58,12 @@ class FakeGpu {
     function<void(int, int)>("fake_cuda_set_attribute")(attribute, value);
   }
   void set_memory(uint64_t bytes) const { function<void(uint64_t)>("fake_cuda_set_memory")(bytes); }
+
+  // For FakeNetwork: what its cards write to device memory goes through the fake device.
+  std::function<bool(uint64_t, const void*, size_t)> card_writer() const {
+    auto* const write = function<int(uint64_t, const void*, size_t)>("fake_cuda_card_write");
+    return [write](uint64_t to, const void* from, size_t bytes) { return write(to, from, bytes) != 0; };
+  }
 
   FakeCufileState cufile_state() const {
     FakeCufileState state{};

@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -197,6 +198,8 @@ struct FakeFaults {
   bool dmabuf = true;                   // register_dmabuf works; else kNotSupported
   size_t inline_bytes = 64;
   bool windows = true;  // make_window works; else null
+  // Writes that are some device's matter: true when it has taken one.
+  std::function<bool(uint64_t to, const void* from, size_t bytes)> device_write;
 };
 
 class FakeNetwork final : public Fabric {
@@ -536,11 +539,17 @@ inline bool FakeQueuePair::deliver_one() {
       ++network_.refused_writes_;
       return refuse("Remote Access Error", "the peer wrote where it may not");
     }
-    auto* to = reinterpret_cast<std::byte*>(static_cast<uintptr_t>(request.remote_address));
-    std::memcpy(to, from, request.size);
+    std::vector<std::byte> corrupted;
     if (network_.faults_.corrupt_writes > 0) {
       --network_.faults_.corrupt_writes;
-      to[request.size / 2] ^= std::byte{1};
+      corrupted.assign(from, from + request.size);
+      corrupted[request.size / 2] ^= std::byte{1};
+      from = corrupted.data();
+    }
+    const auto& device_write = network_.faults_.device_write;
+    if (!device_write || !device_write(request.remote_address, from, request.size)) {
+      std::memcpy(reinterpret_cast<std::byte*>(static_cast<uintptr_t>(request.remote_address)), from,
+                  request.size);
     }
     ++network_.delivered_writes_;
   }

@@ -19,6 +19,8 @@ struct FakeCudaState {
   uint64_t copies;         // of any direction, done
   uint64_t launches;       // kernels done
   uint64_t context_depth;  // contexts that the calling thread has pushed and not popped
+  uint64_t card_writes;    // of a network card, into live device memory; since the last reset
+  uint64_t late_writes;    // the same into freed memory
 };
 
 // Forgets injected failures and broken contexts, reseeds, and begins to count peaks anew.
@@ -39,6 +41,9 @@ void fake_cuda_hold(int held);
 void fake_cuda_set_lenient(int lenient);
 void fake_cuda_set_attribute(int attribute, int value);
 void fake_cuda_set_memory(uint64_t bytes);  // of each device
+// A network card writes. 0: this is no device memory. Where the device does not order such writes (its
+// attribute is below "owner"), they are seen only after cuFlushGPUDirectRDMAWrites.
+int fake_cuda_card_write(uint64_t pointer, const void* data, size_t bytes);
 
 // The fake cuFile beside it.
 struct FakeCufileState {

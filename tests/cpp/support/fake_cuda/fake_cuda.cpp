@@ -83,6 +83,7 @@ struct Driver {
   bool lenient = false;
   FakeCudaState state{};
   std::map<int, int> attributes;
+  std::vector<std::pair<uintptr_t, std::vector<char>>> unseen;  // a card's writes that were not flushed
   uint64_t memory_bytes = uint64_t{1} << 30;
   uint64_t used[kDevices] = {};
   uintptr_t next_handle = 0x1000;
@@ -585,6 +586,23 @@ EXPORT cuMemGetHandleForAddressRange(void* handle, cuda::Pointer pointer, size_t
 }
 EXPORT cuFlushGPUDirectRDMAWrites(int, int) {
   ENTER("cuFlushGPUDirectRDMAWrites");
+  for (const auto& [pointer, bytes] : d.unseen) {
+    if (is_device_memory_locked(pointer, bytes.size(), current_device())) {
+      std::memcpy(reinterpret_cast<void*>(pointer), bytes.data(), bytes.size());
+    }
+  }
+  d.unseen.clear();
+  return 0;
+}
+EXPORT cuMemGetAddressRange_v2(cuda::Pointer* base, size_t* bytes, cuda::Pointer pointer) {
+  ENTER("cuMemGetAddressRange_v2");
+  const auto after = d.ranges.upper_bound(pointer);
+  if (after == d.ranges.begin()) return cuda::kNotFound;
+  const auto& [begin, range] = *std::prev(after);
+  if (range.freed || range.device != current_device() || pointer - begin >= range.size)
+    return cuda::kNotFound;
+  *base = begin;
+  *bytes = range.size;
   return 0;
 }
 
@@ -612,7 +630,8 @@ CONTROL fake_cuda_reset(uint64_t seed) {
                   {cuda::kAttributeFlushWritesOptions, 1},
                   {cuda::kAttributeDmaBufSupported, 1}};
   d.state.peak_device_bytes = d.state.device_bytes;
-  d.state.copies = d.state.launches = 0;
+  d.state.copies = d.state.launches = d.state.card_writes = d.state.late_writes = 0;
+  d.unseen.clear();
   d.changed.notify_all();
 }
 CONTROL fake_cuda_state(FakeCudaState* state) {
@@ -647,6 +666,27 @@ CONTROL fake_cuda_set_lenient(int lenient) {
 CONTROL fake_cuda_set_attribute(int attribute, int value) {
   std::lock_guard lock(driver().mutex);
   driver().attributes[attribute] = value;
+}
+extern "C" __attribute__((visibility("default"))) int fake_cuda_card_write(uint64_t pointer, const void* data,
+                                                                           size_t bytes) {
+  Driver& d = driver();
+  std::lock_guard lock(d.mutex);
+  const auto after = d.ranges.upper_bound(pointer);
+  if (after == d.ranges.begin()) return 0;
+  const auto& [begin, range] = *std::prev(after);
+  if (range.device < 0 || pointer - begin >= range.size) return 0;
+  if (range.freed || bytes > range.size - (pointer - begin)) {
+    ++d.state.late_writes;
+    return 1;
+  }
+  ++d.state.card_writes;
+  if (d.attributes[cuda::kAttributeWritesOrdering] >= cuda::kOrderingOwner) {
+    std::memcpy(reinterpret_cast<void*>(pointer), data, bytes);
+  } else {
+    const auto* from = static_cast<const char*>(data);
+    d.unseen.emplace_back(pointer, std::vector<char>(from, from + bytes));
+  }
+  return 1;
 }
 CONTROL fake_cuda_set_memory(uint64_t bytes) {
   std::lock_guard lock(driver().mutex);

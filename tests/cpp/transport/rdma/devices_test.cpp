@@ -120,20 +120,35 @@ TEST_CASE("the nearest card to a GPU shares most of its way to the root") {
   const std::string gpu = "0000:1B:00.0";  // as CUDA writes it
   const auto nearest = [&] {
     const std::vector<Card> cards = list_cards(sysfs.root());
-    const Card* card = nearest_card(cards, gpu, sysfs.root());
-    return card == nullptr ? std::string() : card->name;
+    const std::vector<CardDistance> distances = cards_by_distance(cards, gpu, sysfs.root());
+    return distances.empty() ? std::string() : distances[0].card->name;
   };
+  const auto tries = [&] { return cards_to_try(list_cards(sysfs.root()), gpu, sysfs.root()); };
   CHECK(nearest() == "mlx5_3");
   sysfs.card("mlx5_1", "pci0000:17/0000:17:02.0/0000:20:00.0/0000:21:01.0/0000:22:00.0", 0, "eth1");
   CHECK(nearest() == "mlx5_1");
   sysfs.card("mlx5_2", "pci0000:17/0000:17:01.0/0000:18:00.0/0000:19:00.0/0000:1a:00.0", 0, "eth2");
   CHECK(nearest() == "mlx5_2");
+  CHECK(tries() == std::vector<std::string>{"mlx5_2", "mlx5_1", "mlx5_3", "mlx5_0", ""});
+  CHECK(cards_to_try(list_cards(sysfs.root()), "", sysfs.root()) == std::vector<std::string>{""});
+  {
+    const std::vector<Card> cards = list_cards(sysfs.root());
+    const std::vector<CardDistance> distances = cards_by_distance(cards, gpu, sysfs.root());
+    using Crossing = CardDistance::Crossing;
+    CHECK(distances[0].hops < distances[1].hops);
+    CHECK(distances[1].crossing == Crossing::kNothing);
+    CHECK(distances[2].crossing == Crossing::kCpu);
+    CHECK(distances[3].crossing == Crossing::kSockets);
+  }
   sysfs.write("class/infiniband/mlx5_2/ports/1/state", "1: DOWN");
   CHECK(nearest() == "mlx5_1");
   for (const char* name : {"mlx5_0", "mlx5_1", "mlx5_3"}) {
     sysfs.write(std::string("class/infiniband/") + name + "/ports/1/state", "1: DOWN");
   }
   CHECK(nearest() == "");
+  CHECK(tries() == std::vector<std::string>{""});
+  sysfs.write("class/infiniband/mlx5_0/ports/1/state", "4: ACTIVE");
+  CHECK(tries() == std::vector<std::string>{""});  // a single card: the route knows it
 }
 
 TEST_CASE("the route to a host names an interface and our address") {
