@@ -48,6 +48,8 @@ _TICK_SECONDS = 0.1
 _READ_BYTES = 8 * 2**20  # the longest read of a store without chunks
 # Twice what is read ahead without a cache: half of it is on its way to the disk, where no connection works on it.
 _CACHED_QUEUE_BYTES = 128 * 2**20
+# From a Valkey over RDMA the first and last value of each run are copied: long runs need many reads to choose from.
+_RDMA_QUEUE_BYTES = 256 * 2**20
 
 
 @dataclass
@@ -254,7 +256,7 @@ class StoreReader:
             max_integrity_attempts=options.max_integrity_attempts,
             retry_timeout=options.retry_timeout,
             timeout=timeout,
-            queued_bytes=(_CACHED_QUEUE_BYTES if self._cached else None) if road is None else road.queued_bytes,
+            queued_bytes=self._queued_bytes(transport) if road is None else road.queued_bytes,
             trace=self.timeline is not None,
         )
         with self._lock:
@@ -263,6 +265,11 @@ class StoreReader:
             self._started.add(operation)
         operation.start()
         return Batch(plan, destinations, operation, tensors, road)
+
+    def _queued_bytes(self, transport: _core.Transport) -> int | None:
+        if self._cached:
+            return _CACHED_QUEUE_BYTES
+        return _RDMA_QUEUE_BYTES if isinstance(transport, _core.RdmaTransport) else None
 
     def finish(self, batch: Batch, stats: LoadStats, tick: Tick | None = None) -> None:
         """Wait until everything has arrived and is verified; add what it took to `stats`. Raises the first error."""

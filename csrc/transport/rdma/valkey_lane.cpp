@@ -3,6 +3,11 @@
 //
 // A few requests are ahead of the reply that is being written: as long as each reply before fills its window,
 // a server waits at its end for the next announcement, so every reply lands where it was planned.
+//
+// A reply that is no such value (no such key, an error, another size) is shorter or longer, and what was
+// asked for after it lands in the rest of its window and beyond, not where it was planned. Then all replies
+// that are outstanding are collected as a plain stream; when the last is there, values are copied to their
+// places, the others become their reads' errors, and what was not asked for yet is planned anew.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -44,6 +49,10 @@ class ValkeyLane final : public Lane {
     for (Read* read : queue.try_pop_share(workers, kLeastRun, kMostRun)) {
       if (read->owner->cancelled()) {
         complete(*read, Status(ErrorCode::kCancelled, "the read was cancelled"));
+      } else if (read->device_fill != nullptr) {
+        complete(*read,
+                 Status(ErrorCode::kNotSupported,
+                        "the replies of a Valkey bring their framing, which is taken off in host memory"));
       } else if (!suits(read->length)) {  // came after the worker had looked: for a longer window
         if (!queue.push(*read, Clock::time_point::min())) {
           complete(*read, Status(ErrorCode::kCancelled, "the transport was closed"));
@@ -60,7 +69,7 @@ class ValkeyLane final : public Lane {
       read->crc = 0;
       read->copied_bytes = 0;
       read->checksum_time = {};
-      entries_.push_back({read, {}, nullptr, {}});
+      entries_.push_back({read, {}, {}, nullptr});
       values.push_back(value_of(*read));
     }
     std::vector<const MemoryRegion*> regions(reads.size());
@@ -71,20 +80,18 @@ class ValkeyLane final : public Lane {
       values[i].registered = found.memory;
       regions[i] = found.region;
     }
-    const std::vector<RunStep> steps = plan_run(values, session_->window_bytes());
-    for (size_t i = 0; i < steps.size(); ++i) {
-      Entry& entry = entries_[begin + i];
-      entry.step = steps[i];
-      entry.region = regions[i];
-      entry.region_memory = values[i].registered;
+    for (size_t i = 0; i < values.size(); ++i) {
+      entries_[begin + i].region = regions[i];
+      entries_[begin + i].value = values[i];
     }
+    plan(begin);
   }
 
   void turn(std::chrono::milliseconds time) override {
-    bool moved = send_requests();
+    bool moved = !collecting_ && send_requests();
     if (!entries_.empty() && !armed_ && arrived_ < sent_) arm();
     moved |= session_->flush();
-    while (armed_ && take_reply()) moved = true;
+    while (armed_ && (collecting_ ? collect() : take_reply())) moved = true;
     if (!moved && !entries_.empty()) check_activity(*entries_[std::min(arrived_, entries_.size() - 1)].read);
     session_->channel().turn(moved ? std::chrono::milliseconds(0) : time);
   }
@@ -99,6 +106,7 @@ class ValkeyLane final : public Lane {
     armed_ = false;
     // A value that had arrived before the reply that never came is as good as any.
     while (arrived_ > 0) finish_front();
+    settle();
     std::deque<Entry> entries;
     entries.swap(entries_);
     sent_ = 0;
@@ -112,11 +120,16 @@ class ValkeyLane final : public Lane {
  private:
   struct Entry {
     Read* read;
+    RunValue value;
     RunStep step;
-    const MemoryRegion* region;  // of a direct one
-    std::span<std::byte> region_memory;
-    size_t slot = 0;        // of a staged one
-    uint64_t position = 0;  // where its command ends in the stream of commands
+    const MemoryRegion* region;  // of value.registered
+    size_t slot = 0;             // of a staged one
+    uint64_t position = 0;       // where its command ends in the stream of commands
+  };
+  // What became of a request whose reply was collected.
+  struct Outcome {
+    Status status;
+    uint64_t value;  // where it begins in collected_, when there is one
   };
   // Bytes at the end of a value while the header of the next lies over them.
   struct Kept {
@@ -160,7 +173,8 @@ class ValkeyLane final : public Lane {
         kept_.read->copied_bytes += kept_.size;
       }
       window_ = entry.step.window;
-      session_->channel().announce(*entry.region, static_cast<uint64_t>(window_ - entry.region_memory.data()),
+      session_->channel().announce(*entry.region,
+                                   static_cast<uint64_t>(window_ - entry.value.registered.data()),
                                    session_->window_bytes());
     } else {
       entry.slot = next_slot_;
@@ -183,8 +197,10 @@ class ValkeyLane final : public Lane {
     const std::string header = "$" + std::to_string(read.length) + std::string(kCrlf);
     const std::string_view text(reinterpret_cast<const char*>(window_), received);
     if (text.substr(0, header.size()) != std::string_view(header).substr(0, text.size())) {
-      refuse(read, text.substr(0, resp::kMaxLineBytes));
-      return true;  // more of that line is to come
+      collecting_ = true;
+      collected_ = text;
+      collect();
+      return true;
     }
     if (received > entry.step.reply_bytes) {
       throw Error(ErrorCode::kFormat, context(read) + ": more bytes came than the reply has");
@@ -197,28 +213,118 @@ class ValkeyLane final : public Lane {
     return true;
   }
 
-  // Throws what a reply means that is not the value; returns while its line is not whole.
-  void refuse(const Read& read, std::string_view text) const {
-    const auto header = resp::parse_header(text);
-    if (!header) return;
+  // Takes what has come of the outstanding replies, as a stream; true when that was new. Ends when all are
+  // there.
+  bool collect() {
+    Channel& channel = session_->channel();
+    const uint64_t received = channel.received();
+    const bool more = received != seen_;
+    if (more) {
+      collected_.append(reinterpret_cast<const char*>(window_) + seen_, received - seen_);
+      seen_ = received;
+      session_->last_activity = Clock::now();
+    }
+    while (arrived_ + outcomes_.size() < sent_ && parse_outcome()) {
+    }
+    if (arrived_ + outcomes_.size() < sent_) {
+      if (channel.window_full()) {  // and the rest goes elsewhere
+        // Not where a staged value still waits for what overwrites its end.
+        const bool waits = arrived_ > 0 && !entries_[arrived_ - 1].step.direct;
+        const size_t slot = waits ? (entries_[arrived_ - 1].slot + 1) % Session::kSlots : 0;
+        session_->announce_slot(slot);
+        window_ = session_->slot(slot).data();
+        seen_ = 0;
+      }
+      return more;
+    }
+    if (collected_.size() != parsed_) {
+      throw Error(ErrorCode::kFormat, session_->endpoint().name + ": more came than was asked for");
+    }
+    // Nothing is outstanding, so nothing can be written any more: memory may be set right and handed over.
+    channel.answered(entries_[sent_ - 1].position);
+    armed_ = false;
+    put_back(kept_);
+    while (arrived_ > 0) finish_front();
+    settle();
+    collecting_ = false;
+    plan(0);
+    return true;
+  }
+
+  // The next reply of the collected stream; false while it is not whole.
+  bool parse_outcome() {
+    const Read& read = *entries_[arrived_ + outcomes_.size()].read;
+    const std::string_view text = std::string_view(collected_).substr(parsed_);
+    const auto header = resp::parse_header(text.substr(0, resp::kMaxLineBytes));
+    if (!header) return false;
+    Outcome outcome{Status(), 0};
+    size_t size = header->consumed;
     switch (header->type) {
       case resp::Type::kNull:
-        throw Error(ErrorCode::kNotFound, context(read) + ": there is no such key");
-      case resp::Type::kError: {
-        const Status status = resp::status_of_error(header->text, context(read));
-        throw Error(status.code(), status.message());
-      }
-      case resp::Type::kBulk:
-        if (header->length == 0 && read.length != read.object_bytes) {  // GETRANGE of an absent key
-          throw Error(ErrorCode::kNotFound, context(read) + ": there is no such key");
+        outcome.status = no_such_key(read);
+        break;
+      case resp::Type::kError:
+        outcome.status = resp::status_of_error(header->text, context(read));
+        break;
+      case resp::Type::kBulk: {
+        const auto length = static_cast<uint64_t>(header->length);
+        if (length > 2 * uint64_t{session_->window_bytes()}) {  // not worth its memory: the connection ends
+          const Status status = wrong_size(read, length);
+          throw Error(status.code(), status.message());
         }
-        throw Error(ErrorCode::kIntegrity, context(read) + ": the value has " +
-                                               std::to_string(header->length) + " bytes, expected " +
-                                               std::to_string(read.length));
+        if (text.size() < size + length + kCrlf.size()) return false;
+        if (text.substr(size + length, kCrlf.size()) != kCrlf) {
+          throw Error(ErrorCode::kFormat, context(read) + ": the value does not end with CRLF");
+        }
+        outcome.value = parsed_ + size;
+        if (length == 0 && read.length != read.object_bytes) {  // GETRANGE of an absent key
+          outcome.status = no_such_key(read);
+        } else if (length != read.length) {
+          outcome.status = wrong_size(read, length);
+        }
+        size += length + kCrlf.size();
+        break;
+      }
       default:
         throw Error(ErrorCode::kFormat,
                     context(read) + ": the server answered GET with a reply that is no value");
     }
+    outcomes_.push_back(std::move(outcome));
+    parsed_ += size;
+    return true;
+  }
+
+  // Completes those whose replies were collected. Nothing lands any more.
+  void settle() noexcept {
+    for (const Outcome& outcome : outcomes_) {
+      Read& read = *entries_.front().read;
+      entries_.pop_front();
+      --sent_;
+      if (outcome.status.ok()) {
+        SegmentCursor cursor(read);
+        cursor.copy_from(std::as_bytes(std::span(collected_)).subspan(outcome.value, read.length));
+      }
+      complete(read, outcome.status);
+    }
+    outcomes_.clear();
+    collected_.clear();
+    parsed_ = 0;
+  }
+
+  // Plans what was not asked for yet, from entries_[begin] on, as a run of its own.
+  void plan(size_t begin) {
+    std::vector<RunValue> values;
+    for (size_t i = begin; i < entries_.size(); ++i) values.push_back(entries_[i].value);
+    const std::vector<RunStep> steps = plan_run(values, session_->window_bytes());
+    for (size_t i = 0; i < steps.size(); ++i) entries_[begin + i].step = steps[i];
+  }
+
+  Status no_such_key(const Read& read) const {
+    return Status(ErrorCode::kNotFound, context(read) + ": there is no such key");
+  }
+  Status wrong_size(const Read& read, uint64_t size) const {
+    return Status(ErrorCode::kIntegrity, context(read) + ": the value has " + std::to_string(size) +
+                                             " bytes, expected " + std::to_string(read.length));
   }
 
   // The reply is whole. The next window is announced first, so that the server goes on; then what this one's
@@ -274,6 +380,10 @@ class ValkeyLane final : public Lane {
   uint64_t seen_ = 0;            // bytes in it that were looked at
   size_t next_slot_ = 0;
   Kept kept_;  // of the window that is announced
+  bool collecting_ = false;
+  std::string collected_;         // the stream of replies since one was not what was planned
+  size_t parsed_ = 0;             // of it
+  std::deque<Outcome> outcomes_;  // of entries_[arrived_] and on
 };
 
 }  // namespace

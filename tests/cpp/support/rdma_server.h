@@ -1,4 +1,5 @@
-// A key-value server at the other end of a fake network, as ours or as a Valkey speaks over RDMA.
+// A key-value server at the other end of a fake network (or a real one), as ours or as a Valkey speaks over
+// RDMA.
 //
 // One thread serves all connections. It takes its time nowhere, and posts everything that it can at once:
 // what a card does with it, and when, is the network's part (fake_queue_pair.h).
@@ -36,8 +37,8 @@ class RdmaServer {
   // usual. Called on the server's thread.
   using Hook = std::function<std::optional<std::string>(const Command&)>;
 
-  RdmaServer(FakeNetwork& network, Options options)
-      : options_(std::move(options)), listener_(network.listen("fake", 0, false)) {
+  RdmaServer(Fabric& fabric, Options options, const std::string& address = "fake")
+      : options_(std::move(options)), listener_(fabric.listen(address, 0, false)) {
     thread_ = std::jthread([this](const std::stop_token& stop) { serve(stop); });
   }
   ~RdmaServer() { stop(); }

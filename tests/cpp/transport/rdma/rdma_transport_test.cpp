@@ -3,8 +3,11 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <atomic>
+#include <map>
 #include <memory>
+#include <set>
 #include <vector>
 
 #include "core/crc32c.h"
@@ -60,6 +63,10 @@ class Model {
     Bytes expected(memory_.size(), kFill);
     std::copy(content.begin(), content.end(), expected.begin() + kGuard);
     return memory_ == expected;
+  }
+  bool guards_are_whole() const {
+    return std::all_of(memory_.begin(), memory_.begin() + kGuard, [](std::byte b) { return b == kFill; }) &&
+           std::all_of(memory_.end() - kGuard, memory_.end(), [](std::byte b) { return b == kFill; });
   }
   bool checksums_are_right() const {
     for (size_t i = 0; i < reads.size(); ++i) {
@@ -321,6 +328,109 @@ TEST_CASE("what a server says of a value is the read's error, and the others are
     CHECK(good.holds(object));
     CHECK(transport.path() == "resp-rdma");
   }
+}
+
+TEST_CASE("replies of a Valkey that are no values are their reads' errors, on a connection that goes on") {
+  for (uint64_t seed = 1; seed <= 60; ++seed) {
+    CAPTURE(seed);
+    std::mt19937_64 random(seed);
+    FakeNetwork network;
+    RdmaServer::Options server_options;
+    server_options.ours = false;
+    server_options.window_bytes = static_cast<uint32_t>(pick(random, 64, 30'000));
+    RdmaServer server(network, server_options);
+    RecordingOwner owner;
+    constexpr size_t kChunks = 40;
+    constexpr uint64_t kBytes = 5'000;
+    Model model(kBytes, kChunks, pick(random, 1, kBytes), owner);
+    model.put_into(server);
+    std::map<const Read*, ErrorCode> wrong;
+    for (size_t i = 0; i < kChunks; ++i) {
+      Read& read = *model.reads[i];
+      switch (pick(random, 0, 9)) {
+        case 0:  // no such key
+          read.object = "gone/" + std::to_string(i);
+          wrong[&read] = ErrorCode::kNotFound;
+          break;
+        case 1:  // another size, above and below; two windows of it and no more are taken
+          server.put(read.object, random_bytes(pick(random, 0, 1) == 0 ? pick(random, 0, read.length - 1)
+                                                                       : pick(random, read.length + 1, 9'000),
+                                               seed));
+          wrong[&read] = ErrorCode::kIntegrity;
+          break;
+        case 2:
+          read.object = "denied/" + std::to_string(i);
+          wrong[&read] = ErrorCode::kAuthentication;
+          break;
+        case 3:  // a range of a key that is not there
+          read.object = "gone/" + std::to_string(i);
+          read.object_bytes = read.length + 5;
+          wrong[&read] = ErrorCode::kNotFound;
+          break;
+        default:
+          break;
+      }
+    }
+    server.hook([](const Command& command) -> std::optional<std::string> {
+      if (command.size() > 1 && command[1].starts_with("denied/"))
+        return "-NOPERM no permissions to access\r\n";
+      return std::nullopt;
+    });
+    RdmaTransport transport(options_for(network, server.port()));
+    const std::span<std::byte> destination = model.destination();
+    auto lease = transport.prepare({&destination, 1});
+    for (const auto& read : model.reads) transport.submit(*read);
+    REQUIRE(owner.wait_for(kChunks));
+    CHECK(server.connections() == 1);
+    CHECK(network.refused_writes() == 0);
+    for (size_t i = 0; i < kChunks; ++i) {
+      const Read& read = *model.reads[i];
+      CAPTURE(i);
+      const Status status = owner.status_of(read);
+      CAPTURE(status.message());
+      CHECK(owner.count_of(read) == 1);
+      if (const auto expected = wrong.find(&read); expected != wrong.end()) {
+        CHECK(status.code() == expected->second);
+        CHECK(mentions(status.message(), read.object));
+        continue;
+      }
+      CHECK(status.ok());
+      const Segment& segment = read.segments[0];
+      CHECK(Bytes(segment.data, segment.data + segment.size) == model.chunk(i));
+      CHECK(read.crc == crc32c(0, model.chunk(i)));
+    }
+    CHECK(model.guards_are_whole());
+  }
+}
+
+TEST_CASE("a read that has failed on a Valkey is not written to by what comes later on its connection") {
+  FakeNetwork network;
+  RdmaServer::Options server_options;
+  server_options.ours = false;
+  RdmaServer server(network, server_options);
+  RecordingOwner owner;
+  Model model(5'000, 48, 5'000, owner);
+  model.put_into(server);
+  // Its owner fills the memory itself, as another connection would, as soon as the read has failed.
+  std::set<const Read*> gone;
+  for (size_t i = 3; i < 48; i += 7) {
+    model.reads[i]->object = "gone/" + std::to_string(i);
+    gone.insert(model.reads[i].get());
+  }
+  owner.then([&](Read& read, const Status& status) {
+    if (status.ok()) return;
+    const size_t i = std::stoul(read.object.substr(5));
+    const Bytes bytes = model.chunk(i);
+    std::copy(bytes.begin(), bytes.end(), read.segments[0].data);
+  });
+  RdmaTransport transport(options_for(network, server.port()));
+  const std::span<std::byte> destination = model.destination();
+  auto lease = transport.prepare({&destination, 1});
+  for (const auto& read : model.reads) transport.submit(*read);
+  REQUIRE(owner.wait_for(48));
+  for (const Read* read : gone) CHECK(owner.status_of(*read).code() == ErrorCode::kNotFound);
+  CHECK(model.is_complete());
+  CHECK(server.connections() == 1);
 }
 
 // Takes over as TCP would. Before it completes anything, everything that the RDMA server ever posted is
