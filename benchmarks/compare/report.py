@@ -93,15 +93,19 @@ def draw(results: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
             won = found["median_ratio"] >= 1
             color = "tab:blue" if won else "tab:red"
             if found["pairs"] < _ENOUGH_PAIRS:
-                axes.plot(found["ratios"], [place] * found["pairs"], "o", color=color, fillstyle="none")
+                for ratio in found["ratios"]:
+                    axes.plot([ratio], [place], "o", color="tab:blue" if ratio >= 1 else "tab:red", fillstyle="none")
                 continue
             axes.plot([low, high], [place, place], color=color, linewidth=2)
             axes.plot([found["median_ratio"]], [place], "o", color=color)
         axes.axvline(1, color="black", linewidth=1)
         axes.set_xscale("log")
+        for axis_format in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            axis_format("{x:g}")
         axes.set_yticks(range(len(rows)), [f"{label} ({found['pairs']} pairs)" for label, found in rows])
         axes.invert_yaxis()
         axes.tick_params(labelsize=8)
+        axes.tick_params(axis="x", which="both", labelsize=6)
         axes.set_xlabel(
             "their time by ours; above 1 ours is faster. Median and its 95% interval; hollow: each of few pairs",
             fontsize=8,
@@ -109,7 +113,7 @@ def draw(results: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
         axes.set_title(f"rdmaload from {source}, beside", fontsize=10)
         figure.tight_layout()
         path = directory / f"compare-{source}.svg"
-        figure.savefig(path, metadata={"Date": None})
+        figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
         written.append(path)
     return written
 
