@@ -232,6 +232,7 @@ void register_loader(py::module_& module) {
       .def("throw_if_failed", [](LoadOperation& self) { self.load().throw_if_failed(); })
       .def_property_readonly("failed_object", [](LoadOperation& self) { return self.load().failed_object(); })
       .def("unfinished_regions", [](LoadOperation& self) { return self.load().unfinished_regions(); })
+      .def("finished_files", [](LoadOperation& self) { return self.load().finished_files(); })
       .def(
           "wait_for",
           [](LoadOperation& self, double seconds) {

@@ -301,6 +301,23 @@ std::vector<uint32_t> Load::unfinished_regions() const {
   return regions;
 }
 
+std::vector<uint32_t> Load::finished_files() const {
+  std::vector<uint32_t> files;
+  std::vector<bool> unfinished;  // by file
+  {
+    std::lock_guard lock(mutex_);
+    for (size_t i = 0; i < plan_->reads.size(); ++i) {
+      const uint32_t file = plan_->reads[i].file;
+      if (file >= unfinished.size()) unfinished.resize(file + 1);
+      if (!read_done_[i]) unfinished[file] = true;
+    }
+  }
+  for (const uint32_t file : plan_->files()) {
+    if (file < unfinished.size() && !unfinished[file]) files.push_back(file);
+  }
+  return files;
+}
+
 std::vector<ReadTrace> Load::trace() const {
   std::lock_guard lock(mutex_);
   return trace_;

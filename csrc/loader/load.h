@@ -79,6 +79,8 @@ class Load final : private ReadOwner {
   std::string failed_object() const;
   // Regions that some read has not filled (yet), each once, in order.
   std::vector<uint32_t> unfinished_regions() const;
+  // Files of which every read of the plan is done, in the plan's order.
+  std::vector<uint32_t> finished_files() const;
   LoadCounters counters() const;
   // Attempts that have ended, in that order; empty without LoadOptions::trace.
   std::vector<ReadTrace> trace() const;

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from rdmaload import metrics
 from rdmaload._sglang_save import SglangSave
 from rdmaload.connectors import FileConnector, KeyValueConnector, connector_for
 from rdmaload.connectors.local import LocalConnector
@@ -37,6 +38,7 @@ from rdmaload.files_save import save_files
 from rdmaload.index import DEFAULT_CHUNK_BYTES, index_key
 from rdmaload.journal import SAVE_ID, SaveKeys, encode_part
 from rdmaload.manifest import GENERATION_PATTERN, Manifest, manifest_key, utc_now
+from rdmaload.meter import Meter
 from rdmaload.object_save import save_objects
 from rdmaload.options import Options
 from rdmaload.publish import Publisher
@@ -123,66 +125,77 @@ def save(
     if chunk_bytes is not None:
         opts["chunk_bytes"] = chunk_bytes
     with connector_for(url, options, **opts) as connector:
-        if layout == "sglang" and not isinstance(connector, KeyValueConnector):
-            raise NotSupportedError(
-                f"{connector.url} keeps files: layout='sglang' is for Redis and Valkey", url=connector.url
-            )
-        if isinstance(connector, FileConnector) and connector.read_only:
-            raise NotSupportedError(f"{connector.url}: {connector.read_only}", url=connector.url)
-        model = _source_model(source, rank, world_size, layout)
+        path = _PATHS.get(connector.location.scheme, "python")
+        metrics.began("save")
         try:
-            _describe(model, source, files, parallel, identity)
-            model.check_weights()
-            watch = _Watch(model, connector.options.timeout, progress, started, connector.url)
-            watch.stages["plan"] = time.perf_counter() - started
-            if isinstance(connector, KeyValueConnector) and layout == "sglang":
-                values = SglangSave(
-                    connector,
-                    model,
-                    rank,
-                    overwrite=overwrite,
-                    keep_aliases=not isinstance(source, (str, os.PathLike)),
-                    tick=watch.tick,
-                    stages=watch.stages,
+            if layout == "sglang" and not isinstance(connector, KeyValueConnector):
+                raise NotSupportedError(
+                    f"{connector.url} keeps files: layout='sglang' is for Redis and Valkey", url=connector.url
                 )
-                with _Deadline(watch, values.interrupt):
-                    stats = values.run()
-            elif isinstance(connector, KeyValueConnector):
-                attempt = _KeyValueSave(connector, model, rank, save_id, overwrite=overwrite, watch=watch)
-                with _Deadline(watch, attempt.interrupt):
-                    stats = attempt.run()
-            elif isinstance(connector, ObjectConnector):
-                stats = save_objects(
-                    connector,
-                    model,
-                    rank=rank,
-                    save_id=save_id,
-                    overwrite=overwrite,
-                    writer=_writer(),
-                    tick=watch.tick,
-                )
-            elif isinstance(connector, FileConnector):
-                _check_places(source, connector)
-                save_files(
-                    connector,
-                    model,
-                    rank=rank,
-                    overwrite=overwrite,
-                    tick=watch.tick,
-                    threads=connector.options.threads,
-                )
-                stats = SaveStats(published=True, connections=connector.options.threads)
-            else:
-                raise TypeError(f"{connector!r} is neither a key-value nor a file connector")
-        finally:
-            model.close()
-    if layout == "rdmaload":  # else they were counted by value
-        stats.bytes = model.bytes
-        stats.files = len(model.files)
-    stats.path = _PATHS.get(connector.location.scheme, "python")
-    stats.stages = watch.stages
-    stats.seconds = time.perf_counter() - started
-    watch.finish()
+            if isinstance(connector, FileConnector) and connector.read_only:
+                raise NotSupportedError(f"{connector.url}: {connector.read_only}", url=connector.url)
+            model = _source_model(source, rank, world_size, layout)
+            try:
+                _describe(model, source, files, parallel, identity)
+                model.check_weights()
+                watch = _Watch(model, connector.options.timeout, progress, started, connector.url)
+                watch.stages["plan"] = time.perf_counter() - started
+                if isinstance(connector, KeyValueConnector) and layout == "sglang":
+                    values = SglangSave(
+                        connector,
+                        model,
+                        rank,
+                        overwrite=overwrite,
+                        keep_aliases=not isinstance(source, (str, os.PathLike)),
+                        tick=watch.tick,
+                        stages=watch.stages,
+                        expect=watch.sends_values,
+                    )
+                    with _Deadline(watch, values.interrupt):
+                        stats = values.run()
+                elif isinstance(connector, KeyValueConnector):
+                    attempt = _KeyValueSave(connector, model, rank, save_id, overwrite=overwrite, watch=watch)
+                    with _Deadline(watch, attempt.interrupt):
+                        stats = attempt.run()
+                elif isinstance(connector, ObjectConnector):
+                    stats = save_objects(
+                        connector,
+                        model,
+                        rank=rank,
+                        save_id=save_id,
+                        overwrite=overwrite,
+                        writer=_writer(),
+                        tick=watch.tick,
+                        publishes=watch.publishes,
+                    )
+                elif isinstance(connector, FileConnector):
+                    _check_places(source, connector)
+                    save_files(
+                        connector,
+                        model,
+                        rank=rank,
+                        overwrite=overwrite,
+                        tick=watch.tick,
+                        threads=connector.options.threads,
+                    )
+                    stats = SaveStats(published=True, connections=connector.options.threads)
+                else:
+                    raise TypeError(f"{connector!r} is neither a key-value nor a file connector")
+            finally:
+                model.close()
+            if layout == "rdmaload":  # else they were counted by value
+                stats.bytes = model.bytes
+                stats.files = len(model.files)
+            stats.path = path
+            stats.stages = watch.stages
+            stats.retries = connector.retries
+            stats.seconds = time.perf_counter() - started
+        except BaseException as error:
+            spent = SaveStats(path=path, seconds=time.perf_counter() - started, retries=connector.retries)
+            metrics.ended("save", spent, error)
+            raise
+        metrics.ended("save", stats, None)
+    watch.finish(stats.skipped_bytes)
     return stats
 
 
@@ -265,27 +278,29 @@ class _Watch:
         url: str,
     ) -> None:
         self.stages: dict[str, float] = {}
-        self._model = model
-        self._bytes_total = model.bytes
         self._timeout = timeout
-        self._progress = progress
+        self._meter = (
+            None
+            if progress is None
+            else Meter("save", progress, bytes_total=model.bytes, files_total=len(model.files), stage="send")
+        )
         self._started = started
         self._url = url
 
-    def tick(self, bytes_done: int, files_done: int) -> None:
+    def tick(self, bytes_done: int, files_done: int, skipped_bytes: int = 0) -> None:
         self.check()
-        seconds = time.perf_counter() - self._started
-        if self._progress is not None:
-            self._progress(
-                Progress(
-                    "save",
-                    bytes_done,
-                    self._bytes_total,
-                    files_done,
-                    len(self._model.files),
-                    seconds,
-                )
-            )
+        if self._meter is not None:
+            self._meter.update(bytes_done, files_done, skipped_bytes)
+
+    def sends_values(self, count: int, nbytes: int) -> None:
+        """It is not files that are sent but so many values."""
+        if self._meter is not None:
+            self._meter.files_total, self._meter.bytes_total = count, nbytes
+
+    def publishes(self) -> None:
+        """Everything is sent; what is left is to let readers see it."""
+        if self._meter is not None:
+            self._meter.enter("publish")
 
     def check(self) -> None:
         """Raise LoadTimeoutError after the deadline."""
@@ -303,10 +318,9 @@ class _Watch:
             url=self._url,
         )
 
-    def finish(self) -> None:
-        if self._progress is not None:
-            self._timeout = None
-            self.tick(self._bytes_total, len(self._model.files))
+    def finish(self, skipped_bytes: int) -> None:
+        if self._meter is not None:
+            self._meter.finish(skipped_bytes)
 
 
 class _Deadline:
@@ -431,7 +445,7 @@ class _KeyValueSave:
 
         def tick() -> None:
             self._beat()
-            self._watch.tick(upload.bytes_done, upload.files_done)
+            self._watch.tick(upload.bytes_done, upload.files_done, upload.skipped_bytes)
 
         threads = self._connector.connections * _THREADS_PER_CONNECTION
         index = upload.run(threads, tick, self.interrupt)
@@ -439,6 +453,7 @@ class _KeyValueSave:
         # since the first.
         self._model.check_unchanged()
         started = time.perf_counter()
+        self._watch.publishes()
         self._beat(now=True)
         encoded = index.encode()
         part = Manifest.of(

@@ -78,6 +78,7 @@ class SglangSave:
         keep_aliases: bool,
         tick: Callable[[int, int], None],
         stages: dict[str, float],
+        expect: Callable[[int, int], None],
     ) -> None:
         self._connector = connector
         self._model = model
@@ -88,6 +89,7 @@ class SglangSave:
         self._keep_aliases = keep_aliases
         self._tick = tick
         self._stages = stages
+        self._expect = expect
         options = connector.options
         self._room_bytes = min(options.window_bytes, options.max_host_bytes or options.window_bytes)
         self._room = threading.Condition()
@@ -109,6 +111,7 @@ class SglangSave:
             )
         tensors = list(self._tensors())
         texts = list(self._texts()) if self._rank in (None, 0) else []
+        self._expect(len(tensors) + len(texts), sum(value.size for value in [*tensors, *texts]))
         self._check_sizes([*tensors, *texts])
         for warning in connector.publish_warning(sum(value.size for value in [*tensors, *texts])):
             _log.warning("%s", warning)

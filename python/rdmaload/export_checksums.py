@@ -10,12 +10,12 @@ import hashlib
 import os
 import secrets
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rdmaload._core import crc32c
 from rdmaload.errors import IntegrityError
+from rdmaload.meter import Meter
 from rdmaload.sources import Source
 from rdmaload.stats import Progress
 from rdmaload.threads import run_in_threads
@@ -58,17 +58,18 @@ class FileChecksums:
 
         Raises IntegrityError when a file changes meanwhile.
         """
-        started = time.perf_counter()
         total = sum(file.size for file in self._files)
+        meter = None
+        if progress is not None:
+            meter = Meter("export", progress, bytes_total=total, files_total=len(self._files), stage="checksum")
 
         def tick() -> None:
-            if progress is not None:
-                seconds = time.perf_counter() - started
-                files = len(self._files) - len(self._missing) + min(self._next, len(self._missing))
-                progress(Progress("export", self._done, total, files, len(self._files), seconds))
+            if meter is not None:
+                meter.update(self._done, sum(known is not None for known in self._found), self.cached_bytes)
 
         run_in_threads(self._work, threads, tick=tick, name="rdmaload-checksums")
-        tick()
+        if meter is not None:
+            meter.finish(self.cached_bytes)
 
     def _work(self, stop: threading.Event) -> None:
         buffer = memoryview(bytearray(self._chunk_bytes))

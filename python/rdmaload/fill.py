@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
 from rdmaload import _core, devices
@@ -64,15 +65,16 @@ class Filling:
         in_place = sorted(self._in_place.items(), key=_host_first) or [(None, {})]
         plans = [reader.plan(self._weights.native, list(names), into_tensors=True) for _, names in in_place]
         staged_bytes = sum(self._nbytes(names) for names in self._staged.values())
-        direct_bytes = sum(plan.read_bytes for plan in plans)
-        tick = report.expect(direct_bytes + staged_bytes)
-        self._run_in_place(reader, stats, tick, list(zip(plans, in_place, strict=True)), roads)
-        done = _Progress(tick, direct_bytes)
+        direct_bytes = sum(plan.wanted_bytes for plan in plans)
+        tick = report.expect(direct_bytes + staged_bytes, len(self._files(self._first) | self._files_staged()))
+        done = _Progress(tick)
+        ticks = [done.part(self._files(names)) for _, names in in_place]
         # Every device's window is read ahead while another's tensors are copied: in turns, a batch each.
         parts = deque(
-            self._run_staged(reader, stats, done.part(), names, place, window_bytes, roads)
+            self._run_staged(reader, stats, done, names, window_bytes, roads.get(place))
             for place, names in sorted(self._staged.items(), key=_host_first)
         )
+        self._run_in_place(reader, stats, ticks, list(zip(plans, in_place, strict=True)), roads)
         try:
             while parts:
                 part = parts.popleft()
@@ -87,6 +89,12 @@ class Filling:
 
     def _nbytes(self, names: _Names) -> int:
         return sum(self._size(position) for position in names)
+
+    def _files(self, names: _Names) -> set[str]:
+        return {self._weights.specs[position].file for position in names}
+
+    def _files_staged(self) -> set[str]:
+        return {file for names in self._staged.values() for file in self._files(names)}
 
     def _roads(self, stats: LoadStats, road_to: RoadTo) -> dict[int | None, DeviceRoad]:
         """One per GPU. Where there is none, its targets are filled by torch from host memory."""
@@ -107,14 +115,13 @@ class Filling:
         self,
         reader: StoreReader,
         stats: LoadStats,
-        tick: Tick | None,
+        ticks: Sequence[Tick | None],
         chosen: Sequence[tuple[_core.LoadPlan, tuple[int | None, _Names]]],
         roads: Mapping[int | None, DeviceRoad],
     ) -> None:
         """All devices, and the host, at once. When one fails the others are cancelled, and nothing writes any more."""
         before, begin = stats.stages.get("read", 0.0), time.perf_counter()
         batches: list[Batch] = []
-        done = _Progress(tick, 0)
         failure: BaseException | None = None
         try:
             for plan, (place, names) in chosen:
@@ -129,7 +136,6 @@ class Filling:
                     batches.append(reader.start(plan, road.destinations(targets), road=road, tensors=targets))
         except BaseException as error:
             failure = error
-        ticks = [done.part() for _ in batches]
         for batch, (plan, (_, names)), batch_tick in zip(batches, chosen, ticks, strict=False):
             if failure is not None:
                 batch.operation.cancel()
@@ -151,24 +157,24 @@ class Filling:
         self,
         reader: StoreReader,
         stats: LoadStats,
-        tick: Tick | None,
+        done: _Progress,
         chosen: _Names,
-        place: int | None,
         window_bytes: int,
-        roads: Mapping[int | None, DeviceRoad],
+        road: DeviceRoad | None,
     ) -> Generator[bool, None, None]:
         """Fill what is not received in place; yields after every batch."""
-        road = roads.get(place)
         if road is None:
-            yield from self._run_window(reader, stats, tick, chosen, window_bytes, None)
-            return
+            return self._run_window(reader, stats, done.part(self._files(chosen)), chosen, window_bytes, None)
         limit = max(1, road.extra_bytes)
         # What is larger than the bound on a device goes through host memory, and from there in slices.
         large = {position: names for position, names in chosen.items() if self._size(position) > limit}
         small = {position: names for position, names in chosen.items() if position not in large}
-        yield from self._run_window(reader, stats, tick, small, limit, road)
-        later = _shifted(tick, self._nbytes(small))
-        yield from self._run_window(reader, stats, later, large, window_bytes, None, slice_bytes=limit)
+        return _one_by_one(
+            self._run_window(reader, stats, done.part(self._files(small)), small, limit, road),
+            self._run_window(
+                reader, stats, done.part(self._files(large)), large, window_bytes, None, slice_bytes=limit
+            ),
+        )
 
     def _run_window(
         self,
@@ -209,26 +215,39 @@ class Filling:
 
 
 class _Progress:
-    """Bytes of several parts that run beside each other, as one count."""
+    """Bytes and files of several parts that run beside each other, as one count."""
 
-    def __init__(self, tick: Tick | None, before: int) -> None:
+    def __init__(self, tick: Tick | None) -> None:
         self._tick = tick
-        self._before = before
-        self._parts: list[int] = []
+        self._bytes: list[int] = []
+        self._files: list[set[str]] = []
+        self._finished: list[AbstractSet[str]] = []
 
-    def part(self) -> Tick | None:
-        """The tick of one more part."""
-        if self._tick is None:
+    def part(self, files: set[str]) -> Tick | None:
+        """The tick of one more part, which has to do with `files`; make all parts before the first one ticks."""
+        whole = self._tick
+        if whole is None:
             return None
-        number = len(self._parts)
-        self._parts.append(0)
+        number = len(self._files)
+        self._bytes.append(0)
+        self._files.append(files)
+        self._finished.append(set())
 
-        def tick(done: int) -> None:
-            assert self._tick is not None
-            self._parts[number] = done
-            self._tick(self._before + sum(self._parts))
+        def tick(done: int, finished: AbstractSet[str]) -> None:
+            self._bytes[number], self._finished[number] = done, finished
+            whole(sum(self._bytes), self._done())
 
         return tick
+
+    def _done(self) -> set[str]:
+        """Files with which every part is through."""
+        left = {file for files, done in zip(self._files, self._finished, strict=True) for file in files - done}
+        return {file for files in self._files for file in files} - left
+
+
+def _one_by_one(*parts: Generator[bool, None, None]) -> Generator[bool, None, None]:
+    for part in parts:
+        yield from part
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor, slice_bytes: int | None) -> None:
@@ -249,7 +268,3 @@ def _number(place: int | None) -> int:
 
 def _host_first(entry: tuple[int | None, _Names]) -> int:
     return _number(entry[0])
-
-
-def _shifted(tick: Tick | None, before: int) -> Tick | None:
-    return None if tick is None else lambda done: tick(before + done)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rdmaload import metrics
 from rdmaload.connectors.registry import connector_for
 from rdmaload.model import Model
 from rdmaload.node_group import NodeGroup
@@ -26,11 +27,14 @@ def open(url: str | Path, *, options: Options | None = None, **opts: object) -> 
 
     Raises UrlError, AuthenticationError, NotFoundError, UnavailableError, IntegrityError, FormatError.
     """
-    connector = connector_for(url, options, **opts)
+    connector = None
     try:
+        connector = connector_for(url, options, **opts)
         return Model(connector, owns_connector=True)
-    except BaseException:
-        connector.close()
+    except BaseException as error:
+        if connector is not None:
+            connector.close()
+        metrics.failed_to_open(error)
         raise
 
 

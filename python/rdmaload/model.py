@@ -220,17 +220,16 @@ class Model:
             return dict(self._stream(rank, place, dtype, include, exclude, stats, progress, window, False))
         self._check_open()
         stats = self.stats_for(stats)
-        report = self._load_report(stats, progress)
-        begin = time.perf_counter()
-        weights = self._weights_of(rank)
-        selection, names = weights.select(include, exclude)
-        plan = self._reader.plan(weights.native, selection)
-        report.stage("plan", begin)
-        host_memory.require(
-            sum(plan.region_bytes), limit=self._connector.options.max_host_bytes, url=self._connector.url
-        )
-        arenas = [_core.HostArena(nbytes) for nbytes in plan.region_bytes]
-        try:
+        with self._load_report(stats, progress) as report:
+            begin = time.perf_counter()
+            weights = self._weights_of(rank)
+            selection, names = weights.select(include, exclude)
+            plan = self._reader.plan(weights.native, selection)
+            report.stage("plan", begin)
+            host_memory.require(
+                sum(plan.region_bytes), limit=self._connector.options.max_host_bytes, url=self._connector.url
+            )
+            arenas = [_core.HostArena(nbytes) for nbytes in plan.region_bytes]
             batch = self._reader.start(plan, arenas)
             begin = time.perf_counter()
             try:  # while the bytes arrive: 20,000 tensors take as long as a third of a GB
@@ -239,10 +238,8 @@ class Model:
                 batch.operation.cancel()
                 raise
             report.stage("export", begin)
-            self._reader.finish(batch, stats, report.expect(plan.read_bytes))
+            self._reader.finish(batch, stats, report.expect(plan.wanted_bytes, self._files_of(weights, selection)))
             stats.bytes = plan.wanted_bytes
-        finally:
-            report.end()
         return tensors
 
     def weight_iterator(
@@ -291,8 +288,14 @@ class Model:
     def _load_report(self, stats: LoadStats, progress: ProgressCallback | None) -> Report:
         import torch  # noqa: F401  (the first import takes a second or two, which are not the load's)
 
+        report = Report("load", stats, progress)
         stats.stages["open"] = self._open_seconds
-        return Report("load", stats, progress, len(self._index.files))
+        return report
+
+    @staticmethod
+    def _files_of(weights: RankTensors, selection: Sequence[int]) -> int:
+        """How many files the selected tensors are in."""
+        return len({weights.specs[position].file for position in selection})
 
     def stats_for(self, stats: LoadStats | None) -> LoadStats:
         """The object that an operation fills: the caller's, and the one that `stats` shows, are the same."""
@@ -320,34 +323,34 @@ class Model:
         borrow: bool,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         self._check_open()
-        report = self._load_report(stats, progress)
-        weights = self._weights_of(rank)
-        selection, names = weights.select(include, exclude)
-        plans = plans_of(self._reader, weights, selection, window)
-        total = sum(weights.specs[position].nbytes for position in selection)
-        limit = self._connector.options.max_host_bytes
-        largest = max((weights.specs[position].nbytes for position in selection), default=0)
-        host_memory.require(max(largest, min(window, total)), limit=limit, url=self._connector.url)
-        batches = self._reader.stream(plans, window_bytes=window, stats=stats, tick=report.expect(total), reuse=borrow)
-        try:
-            for batch in batches:
-                before = -1
-                for position, name, tensor in placed_tensors(batch, weights, names):
-                    if position != before:  # else tied to the one before: the same tensor again
-                        moved = tensor
-                        if dtype is not None and tensor.is_floating_point():
-                            moved = tensor.to(dtype)
-                            stats.copied_bytes += moved.nbytes if moved is not tensor else 0
-                        if device.type != "cpu":
-                            moved = moved.to(device)
-                        stats.bytes += tensor.nbytes
-                        before = position
-                    del tensor
-                    yield name, moved
-                self._check_open()
-        finally:
-            batches.close()  # type: ignore[attr-defined]  # a generator: stops reading at once
-            report.end()
+        with self._load_report(stats, progress) as report:
+            weights = self._weights_of(rank)
+            selection, names = weights.select(include, exclude)
+            plans = plans_of(self._reader, weights, selection, window)
+            total = sum(weights.specs[position].nbytes for position in selection)
+            limit = self._connector.options.max_host_bytes
+            largest = max((weights.specs[position].nbytes for position in selection), default=0)
+            host_memory.require(max(largest, min(window, total)), limit=limit, url=self._connector.url)
+            tick = report.expect(total, self._files_of(weights, selection))
+            batches = self._reader.stream(plans, window_bytes=window, stats=stats, tick=tick, reuse=borrow)
+            try:
+                for batch in batches:
+                    before = -1
+                    for position, name, tensor in placed_tensors(batch, weights, names):
+                        if position != before:  # else tied to the one before: the same tensor again
+                            moved = tensor
+                            if dtype is not None and tensor.is_floating_point():
+                                moved = tensor.to(dtype)
+                                stats.copied_bytes += moved.nbytes if moved is not tensor else 0
+                            if device.type != "cpu":
+                                moved = moved.to(device)
+                            stats.bytes += tensor.nbytes
+                            before = position
+                        del tensor
+                        yield name, moved
+                    self._check_open()
+            finally:
+                batches.close()  # type: ignore[attr-defined]  # a generator: stops reading at once
 
     def _stream_shared(
         self,
@@ -369,7 +372,7 @@ class Model:
         options = self._connector.options
         host_memory.require(min(window, total), limit=options.max_host_bytes, url=self.url)
         report = self._load_report(stats, progress)
-        tick = report.expect(total)
+        tick = report.expect(total, self._files_of(weights, selection))
         identity = [self.generation, [(file.path, file.size, file.etag) for file in self._index.files]]
         try:
             shared = meet(
@@ -399,18 +402,23 @@ class Model:
             )
             yield from alone
             return
-        try:
-            for position, tensor in shared:
-                moved = tensor if device.type == "cpu" else tensor.to(device)
-                stats.bytes += tensor.nbytes
-                for name in names[position]:
-                    yield name, moved
-                if tick is not None:
-                    tick(stats.bytes)
-                self._check_open()
-        finally:
-            shared.close()  # type: ignore[attr-defined]  # a generator: tells the others at once
-            report.end()
+        finished: set[str] = set()
+        file = ""
+        with report:
+            try:
+                for position, tensor in shared:
+                    if weights.specs[position].file != file:
+                        finished |= {file} - {""}
+                        file = weights.specs[position].file
+                    moved = tensor if device.type == "cpu" else tensor.to(device)
+                    stats.bytes += tensor.nbytes
+                    for name in names[position]:
+                        yield name, moved
+                    if tick is not None:
+                        tick(stats.bytes, finished)
+                    self._check_open()
+            finally:
+                shared.close()  # type: ignore[attr-defined]  # a generator: tells the others at once
 
     def _stream_to_gpu(
         self,
@@ -433,30 +441,29 @@ class Model:
             fallback = self._window(None) if window is None else window
             yield from self._stream(rank, device, dtype, include, exclude, stats, progress, fallback, False)
             return
-        report = self._load_report(stats, progress)
-        if window is None and dtype is not None:  # what is not converted yet is extra
-            window = self._connector.options.device_extra_bytes
-        plans = plans_of(self._reader, weights, selection, window, into_tensors=True)
-        batches = self._reader.stream(
-            plans,
-            window_bytes=max(1, total) if window is None else window,
-            stats=stats,
-            tick=report.expect(total),
-            road=road,
-            empty=lambda plan: [road.empty(weights.specs[position]) for position, _, _ in plan.placements()],
-        )
-        try:
-            for batch in batches:
-                for (position, _, _), tensor in zip(batch.plan.placements(), batch.tensors, strict=True):
-                    if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
-                        tensor = road.converted(tensor, dtype)
-                    stats.bytes += weights.specs[position].nbytes
-                    for name in names[position]:
-                        yield name, tensor
-                self._check_open()
-        finally:
-            batches.close()  # type: ignore[attr-defined]  # a generator: stops reading at once
-            report.end()
+        with self._load_report(stats, progress) as report:
+            if window is None and dtype is not None:  # what is not converted yet is extra
+                window = self._connector.options.device_extra_bytes
+            plans = plans_of(self._reader, weights, selection, window, into_tensors=True)
+            batches = self._reader.stream(
+                plans,
+                window_bytes=max(1, total) if window is None else window,
+                stats=stats,
+                tick=report.expect(total, self._files_of(weights, selection)),
+                road=road,
+                empty=lambda plan: [road.empty(weights.specs[position]) for position, _, _ in plan.placements()],
+            )
+            try:
+                for batch in batches:
+                    for (position, _, _), tensor in zip(batch.plan.placements(), batch.tensors, strict=True):
+                        if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
+                            tensor = road.converted(tensor, dtype)
+                        stats.bytes += weights.specs[position].nbytes
+                        for name in names[position]:
+                            yield name, tensor
+                    self._check_open()
+            finally:
+                batches.close()  # type: ignore[attr-defined]  # a generator: stops reading at once
 
     def road_to(self, ordinal: int, stats: LoadStats, expected_bytes: int) -> DeviceRoad | None:
         """The road to the memory of a GPU; None, with the reason in `stats`, when there is none."""
@@ -493,24 +500,22 @@ class Model:
 
         self._check_open()
         stats = self.stats_for(stats)
-        report = self._load_report(stats, progress)
-        weights = self._weights_of(rank)
-        selection, names = weights.select(include, exclude)
-        wanted = {name: weights.specs[position] for position in selection for name in names[position]}
-        targets = Targets(target, wanted, self.url)
-        targets.check_names(strict=strict, filtered=include is not None or exclude is not None)
-        filling = Filling(weights, {position: names[position] for position in selection}, targets, cast=cast)
-        try:
-            filling.run(self._reader, stats, report, self._window(None), self.road_to)
-        except RdmaloadError as error:
-            raise PartialLoadError(
-                f"{self.url}: {len(filling.loaded)} of {len(wanted)} tensors were loaded, then: {error}",
-                url=self.url,
-                key=error.key,
-                loaded=filling.loaded,
-            ) from error
-        finally:
-            report.end()
+        with self._load_report(stats, progress) as report:
+            weights = self._weights_of(rank)
+            selection, names = weights.select(include, exclude)
+            wanted = {name: weights.specs[position] for position in selection for name in names[position]}
+            targets = Targets(target, wanted, self.url)
+            targets.check_names(strict=strict, filtered=include is not None or exclude is not None)
+            filling = Filling(weights, {position: names[position] for position in selection}, targets, cast=cast)
+            try:
+                filling.run(self._reader, stats, report, self._window(None), self.road_to)
+            except RdmaloadError as error:
+                raise PartialLoadError(
+                    f"{self.url}: {len(filling.loaded)} of {len(wanted)} tensors were loaded, then: {error}",
+                    url=self.url,
+                    key=error.key,
+                    loaded=filling.loaded,
+                ) from error
         return stats
 
     def pull_files(
@@ -542,13 +547,11 @@ class Model:
             raise NotFoundError(f"{self.url} has no file that matches {', '.join(allow)}", url=self.url)
         directory = Path(tempfile.mkdtemp(prefix="rdmaload-") if target is None else target)
         stats = self.stats_for(stats)
-        report = Report("pull", stats, progress, len(chosen))
-        try:
+        with Report("pull", stats, progress) as report:
             total = sum(file.size for _, file in chosen)
-            pull(blocks_of(self._reader, self._index, chosen, stats, report.expect(total)), directory)
+            tick = report.expect(total, len(chosen))
+            pull(blocks_of(self._reader, self._index, chosen, stats, tick), directory)
             stats.bytes = total
-        finally:
-            report.end()
         return directory
 
     def verify(self, *, stats: LoadStats | None = None, progress: ProgressCallback | None = None) -> LoadStats:
@@ -561,14 +564,11 @@ class Model:
         self._check_open()
         stats = self.stats_for(stats)
         files = list(enumerate(self._index.files))
-        report = Report("verify", stats, progress, len(files))
-        try:
-            tick = report.expect(self._index.total_bytes)
+        with Report("verify", stats, progress) as report:
+            tick = report.expect(self._index.total_bytes, len(files))
             for _, blocks in blocks_of(self._reader, self._index, files, stats, tick):
                 for block in blocks:
                     stats.bytes += len(block)
-        finally:
-            report.end()
         return stats
 
     def _weights_of(self, rank: int | None) -> RankTensors:

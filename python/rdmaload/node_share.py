@@ -314,7 +314,7 @@ class _Producer:
         waiting = sum(part.nbytes for part in self._read.parts[slowest : number + 1])
         return number == slowest or waiting <= self._read.window_bytes
 
-    def _tick(self, _: int) -> None:
+    def _tick(self, _bytes: int, _files: object) -> None:
         self._listen(0)
 
     def _listen(self, seconds: float) -> None:

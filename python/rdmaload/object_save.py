@@ -47,13 +47,14 @@ def save_objects(
     save_id: str | None,
     overwrite: bool,
     writer: str,
-    tick: Callable[[int, int], None],
+    tick: Callable[[int, int, int], None],
+    publishes: Callable[[], None],
 ) -> SaveStats:
     """Write the files of `model`, then the manifest, then remove weight files of an older model.
 
     Of a sharded model each rank writes its own weight files and a part of the index; whoever sees all parts writes
     the manifest, the same one whoever that is. One of an older model is removed at the start, as it would say that
-    these files are damaged.
+    these files are damaged. `tick` gets bytes and files done, and the bytes of them that were there already.
     """
     paths = {source.path for source in model.files}
     existing = existing_files(connector)
@@ -73,6 +74,7 @@ def save_objects(
     for phase in range(3):
         uploads.write([source for source in sources if save_phase(source) == phase])
     model.check_unchanged()
+    publishes()
     stats = SaveStats(connections=connector.options.threads, skipped_bytes=uploads.skipped_bytes)
     if part is None:
         index = uploads.index(sources)
@@ -216,7 +218,7 @@ class _Writer:
     """Sends lists of files; threads take the next part of any file."""
 
     def __init__(
-        self, connector: ObjectConnector, notes: _Notes, chunk_bytes: int, tick: Callable[[int, int], None]
+        self, connector: ObjectConnector, notes: _Notes, chunk_bytes: int, tick: Callable[[int, int, int], None]
     ) -> None:
         self._connector = connector
         self._notes = notes
@@ -271,7 +273,10 @@ class _Writer:
         count = min(self._connector.options.threads, sum(file.parts for file in files))
         try:
             run_in_threads(
-                work, count, tick=lambda: self._tick(self._bytes_done, self._files_done), name="rdmaload-save"
+                work,
+                count,
+                tick=lambda: self._tick(self._bytes_done, self._files_done, self.skipped_bytes),
+                name="rdmaload-save",
             )
         except BaseException:
             for file in files:

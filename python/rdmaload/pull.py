@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from rdmaload import _core
@@ -64,14 +65,21 @@ def blocks_of(
     chunk_bytes = index.chunk_bytes or 1
     block_bytes = max(1, _BLOCK_BYTES // chunk_bytes) * chunk_bytes  # whole chunks: none is read for two blocks
     done_before = 0
+    finished: set[str] = set()
     for position, file in files:
         blocks = _core.TensorIndex()
         blocks.add_blocks(position, file.size, block_bytes)
         plans = (reader.plan(blocks, [block]) for block in range(len(blocks)))
-        tick_of = None if tick is None else (lambda done, before=done_before: tick(before + done))
+        tick_of = None if tick is None else _tick_within(tick, done_before, finished)
         batches = reader.stream(plans, window_bytes=_WINDOW_BYTES, stats=stats, tick=tick_of, reuse=True)
         yield file, (memoryview(batch.arenas[0])[: batch.plan.wanted_bytes] for batch in batches)
         done_before += file.size
+        finished.add(file.path)
+
+
+def _tick_within(tick: Tick, before: int, finished: AbstractSet[str]) -> Tick:
+    """The tick of one file, which itself is done only when its last block was taken."""
+    return lambda done, _: tick(before + done, finished)
 
 
 def pull(files: Iterable[tuple[IndexFile, Iterator[memoryview]]], directory: Path) -> None:

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,8 +42,8 @@ __all__ = ["Batch", "StoreReader", "Tick"]
 
 _log = logging.getLogger("rdmaload")
 
-Tick = Callable[[int], None]
-"""Called now and then while reads run, with the bytes that have arrived."""
+Tick = Callable[[int, AbstractSet[str]], None]
+"""Called now and then while reads run: the wanted bytes that have arrived, and the files that are done."""
 
 _TICK_SECONDS = 0.1
 _READ_BYTES = 8 * 2**20  # the longest read of a store without chunks
@@ -276,8 +277,7 @@ class StoreReader:
         operation = batch.operation
         try:
             while not operation.wait_for(_TICK_SECONDS):
-                if tick is not None:
-                    tick(operation.counters()["done_bytes"])
+                self._tell(batch, tick)
         except BaseException:  # interrupted: nothing may still write when the caller goes on
             operation.cancel()
             while not operation.wait_for(_TICK_SECONDS):
@@ -285,8 +285,7 @@ class StoreReader:
             raise
         finally:
             self._count(batch, stats)
-        if tick is not None:
-            tick(operation.counters()["done_bytes"])
+        self._tell(batch, tick)
         try:
             operation.throw_if_failed()
         except RdmaloadError as error:
@@ -294,6 +293,13 @@ class StoreReader:
                 raise self._closed_error() from None
             raise self._explained(error, operation.failed_object or None) from None
         self._check_unchanged(batch.plan)
+
+    def _tell(self, batch: Batch, tick: Tick | None) -> None:
+        """Chunks on the border of two plans are read for both, so that what is read can be more than is wanted."""
+        if tick is not None:
+            plan, operation = batch.plan, batch.operation
+            done = operation.counters()["done_bytes"] * plan.wanted_bytes // max(1, plan.read_bytes)
+            tick(done, {self._paths[file] for file in operation.finished_files()})
 
     def stream(
         self,
@@ -308,8 +314,9 @@ class StoreReader:
     ) -> Iterator[Batch]:
         """Execute plans in order, reading ahead at most `window_bytes` (but one plan always), and yield each when done.
 
-        `timeout` is for all of them. `tick` gets wanted bytes. With `reuse`, arenas of a batch are used again once the
-        consumer has come back for the next. With a `road`, plans are into tensors, which `empty` makes.
+        `timeout` is for all of them. Plans follow each other in the order of the files. With `reuse`, arenas of a batch
+        are used again once the consumer has come back for the next. With a `road`, plans are into tensors, which
+        `empty` makes.
         """
         timeout = self._connector.options.timeout
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -317,6 +324,7 @@ class StoreReader:
         ahead_bytes = 0
         spare: list[_core.HostArena] = []
         done_before = 0
+        finished: set[str] = set()
         waiting = next(plans, None)
         try:
             while ahead or waiting is not None:
@@ -335,7 +343,11 @@ class StoreReader:
                     ahead_bytes += waiting.wanted_bytes
                     waiting = next(plans, None)
                 batch = ahead[0]
-                self.finish(batch, stats, None if tick is None else _shifted(tick, done_before, batch.plan))
+                later = ahead[1].plan if len(ahead) > 1 else waiting
+                unfinished = {self._paths[file] for file in later.files} if later is not None and tick else set()
+                self.finish(batch, stats, None if tick is None else _shifted(tick, done_before, finished, unfinished))
+                if tick is not None:
+                    finished |= {self._paths[file] for file in batch.plan.files} - unfinished
                 if road is not None:
                     road.hand_out(batch.tensors)
                 done_before += batch.plan.wanted_bytes
@@ -453,9 +465,9 @@ class StoreReader:
         )
 
 
-def _shifted(tick: Tick, before: int, plan: _core.LoadPlan) -> Tick:
-    """A tick in bytes that are wanted: chunks on the border of two plans are read for both."""
-    return lambda done: tick(before + done * plan.wanted_bytes // max(1, plan.read_bytes))
+def _shifted(tick: Tick, before: int, finished: AbstractSet[str], unfinished: AbstractSet[str]) -> Tick:
+    """The tick of one of several plans: after so many bytes and files, with files that later plans go on with."""
+    return lambda done, files: tick(before + done, finished | (files - unfinished))
 
 
 def _take(spare: list[_core.HostArena], nbytes: int) -> _core.HostArena:

@@ -89,6 +89,7 @@ class SaveStats:
     path: str = ""
     connections: int = 0
     retries: int = 0
+    """Requests to the destination that were sent again, where its connector can tell."""
     files: int = 0
     chunks: int = 0
     skipped_bytes: int = 0
@@ -124,21 +125,42 @@ class SaveStats:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an operation is; `progress` callbacks get one now and then, from any thread.
+    """How far an operation is; `progress` callbacks get one about ten times a second, from any thread.
 
-    >>> Progress("load", 10**9, 4 * 10**9, files_done=1, files_total=4, seconds=0.5).gb_per_s
-    2.0
+    From call to call no count gets smaller, and the totals stay. `bytes_done` is `bytes_total` in the last call only:
+    when all has arrived and is verified, of a save when it is published. An operation that fails or is given up never
+    gets there. Of an iteration, the last call comes when the iterator has ended.
+
+    >>> half = Progress("load", 10**9, 4 * 10**9, files_done=1, files_total=4, seconds=0.5, rate=1e9)
+    >>> half.gb_per_s, half.seconds_left
+    (2.0, 3.0)
     """
 
     operation: str
-    """"load", "save", "pull", "verify" or "export"."""
+    """"load", "save", "pull", "verify", "export", "bench", or "compare"."""
     bytes_done: int
+    """Of a load: bytes of tensors, as in `LoadStats.bytes`; else bytes of files."""
     bytes_total: int
     files_done: int
+    """Files of which everything that is wanted is done; of a save in SGLang's layout, values."""
     files_total: int
+    """Files that the operation has to do with: of a load, those that the selected tensors are in."""
     seconds: float
+    """Since the start."""
+    rate: float = 0.0
+    """Bytes per second over the last seconds: more recent ones count more."""
+    stage: str = ""
+    """What it is at: "read"; of a save "send", then "publish"; "checksum" of an export."""
+    skipped_bytes: int = 0
+    """The part of `bytes_done` that an interrupted save had already sent; no rate counts it."""
 
     @property
     def gb_per_s(self) -> float:
         """Decimal gigabytes per second since the start."""
-        return _rate(self.bytes_done, self.seconds)
+        return _rate(self.bytes_done - self.skipped_bytes, self.seconds)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the present rate; None while nothing moves."""
+        left = self.bytes_total - self.bytes_done
+        return 0.0 if left <= 0 else left / self.rate if self.rate > 0 else None

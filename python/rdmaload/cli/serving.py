@@ -53,7 +53,8 @@ def register(commands: Commands) -> None:
         "otherwise, and then it wants a password or TLS. With --rdma-bind it also speaks Valkey over RDMA, on the "
         "address of a card, without TLS. SIGTERM and SIGINT end it cleanly.",
         prints="The url once it answers, and a line per exported model; with --json one document with url, host, "
-        "port, max_memory, threads, rdma_url (null without --rdma-bind) and models (model, files, bytes, generation, "
+        "port, max_memory, threads, rdma_url (null without --rdma-bind), metrics_url (null without --metrics-port) and "
+        "models (model, files, bytes, generation, "
         "cached_bytes, checksums).",
         exits={
             0: "it was told to end, by a signal or by SHUTDOWN",
@@ -64,6 +65,7 @@ def register(commands: Commands) -> None:
             "rdmaload serve",
             "rdmaload serve --models /models --max-memory 64GiB",
             "rdmaload serve --host 0.0.0.0 --password-file /run/secrets/store",
+            "rdmaload serve --metrics-port 9380",
             "rdmaload serve --host 0.0.0.0 --tls-cert both.pem --password-file pw",
             "rdmaload serve --host 0.0.0.0 --rdma-bind 10.0.0.5 --password-file pw",
         ],
@@ -120,6 +122,13 @@ def register(commands: Commands) -> None:
         metavar="N",
         help="refuse more clients over RDMA (1024): each takes 0.5 MiB of locked memory, 2.5 with exported models",
     )
+    serve.add_argument(
+        "--metrics-port",
+        type=whole_number,
+        metavar="PORT",
+        help="show counters for Prometheus at http://HOST:PORT/metrics, 0 for a free port: numbers only, to everybody "
+        "who reaches --host, without a password",
+    )
     ping = add_command(
         commands,
         "ping",
@@ -140,6 +149,7 @@ def register(commands: Commands) -> None:
 
 def _serve(args: argparse.Namespace) -> int:
     from rdmaload import __version__, _core
+    from rdmaload.cli.metrics_page import metrics_page, server_text
     from rdmaload.exports import BackgroundChecksums
     from rdmaload.host_memory import available_bytes
     from rdmaload.index import PENDING
@@ -208,7 +218,16 @@ def _serve(args: argparse.Namespace) -> int:
     ]
     said: queue.SimpleQueue[str] = queue.SimpleQueue()
     try:
-        with _stop_signals() as stopped, BackgroundChecksums(exported, _checksum_threads(threads), said.put):
+        with contextlib.ExitStack() as stack:
+            metrics_url = None
+            if args.metrics_port is not None:
+                page = metrics_page(args.host, args.metrics_port, lambda: server_text(server.counters))
+                port = stack.enter_context(page)
+                metrics_url = f"http://{_bracketed(args.host)}:{port}/metrics"
+                lines.append(f"  counters for Prometheus: {metrics_url}")
+            document["metrics_url"] = metrics_url
+            stopped = stack.enter_context(_stop_signals())
+            stack.enter_context(BackgroundChecksums(exported, _checksum_threads(threads), said.put))
             write_result(args.json, document, lines)
             sys.stdout.flush()
             _until_told(server, stopped, said)

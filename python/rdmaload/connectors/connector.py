@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -59,6 +60,9 @@ class Connector(ABC):  # noqa: B024  (its two subclasses have the abstract metho
         # Again where the caller did it already: a password in the url must not be lost.
         self.options = Options.resolve(url, options, also=self.url_options)
         self.url = url.redacted
+        self.retries = 0
+        """Requests that were sent again, where the subclass can tell; weights that are read natively count apart."""
+        self._retries_lock = threading.Lock()
         self._closed = False
 
     def __repr__(self) -> str:
@@ -130,6 +134,10 @@ class Connector(ABC):  # noqa: B024  (its two subclasses have the abstract metho
 
         pulled: Path = Model(self).pull_files(target, allow_pattern=allow_pattern, ignore_pattern=ignore_pattern)
         return pulled
+
+    def _count_retries(self, count: int = 1) -> None:
+        with self._retries_lock:
+            self.retries += count
 
     def _check_open(self) -> None:
         if self._closed:

@@ -461,6 +461,7 @@ class RedisConnector(KeyValueConnector):
                 break
             if attempts == 1:
                 _log.warning("%s: %s; trying again for %g s", self.url, self._text_of(failure), patience)
+            self._count_retries()
             self._ended.wait(pause)
             self._check_open()
         # Raised here, outside of the handler: the failure is attached only where it shows no

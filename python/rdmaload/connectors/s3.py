@@ -130,6 +130,9 @@ class S3Connector(ObjectConnector):
                     self._made = self._new_client()
             return self._made
 
+    def _note_retries(self, parsed: Any, **_: object) -> None:
+        self._count_retries(int(parsed.get("ResponseMetadata", {}).get("RetryAttempts", 0)))
+
     def _new_client(self) -> Any:
         import boto3
         import botocore
@@ -167,6 +170,7 @@ class S3Connector(ObjectConnector):
         client = client_in(session.region_name or "us-east-1")
         if options.region is None and session.region_name is None and options.endpoint_url is None:
             client = self._in_region_of_bucket(client, client_in)
+        client.meta.events.register("after-call.s3", self._note_retries)
         self._proxies = get_environ_proxies(client.meta.endpoint_url) or {}
         with contextlib.suppress(NotSupportedError):  # without OpenSSL, http:// works all the same
             self._tls = native_context(

@@ -404,9 +404,11 @@ TEST_CASE("kUnavailable and kTimeout are tried again, later and later, until the
   }
   fixture.serve(failing);
   CHECK(fixture.load->unfinished_regions() == std::vector<uint32_t>{1});
+  CHECK(fixture.load->finished_files().empty());
   CHECK_FALSE(fixture.load->wait(now()));
   fixture.serve(other);
   REQUIRE(fixture.load->wait(soon()));
+  CHECK(fixture.load->finished_files() == std::vector<uint32_t>{0});
   CHECK(fixture.status().ok());
   CHECK(fixture.holds_everything());
   CHECK(fixture.load->counters().done_bytes == 2 * kChunk);
