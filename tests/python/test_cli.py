@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import rdmaload
+from rdmaload import Progress
 from rdmaload.cli import main
 from rdmaload.cli.exits import UsageError, exit_code
 from rdmaload.connectors.memory import MemoryConnector, forget_store
@@ -534,7 +536,30 @@ def test_a_bar_on_a_terminal_shows_bytes_rate_and_time_left(
         shown = terminal.getvalue()
         assert f"{arguments[0]}: 100%" in shown
         assert "MB" in shown
-        assert "B/s, 00:00 left" in shown
+        assert "B/s, 0:00 left" in shown
+
+
+def test_a_log_gets_a_line_now_and_then(
+    saved: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rdmaload.cli.progress._LINE_SECONDS", 0)
+    assert main(["verify", saved]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"rdmaload: verify: 100%, (\d+) of \1 files, (\S+ MB) of \2, \S+ .?B/s, 0:00 left", lines[-1])
+    assert all(re.match(r"rdmaload: verify: +\d+%, ", line) for line in lines)
+    assert main(["verify", saved, "--quiet"]) == 0
+    assert main(["verify", saved, "--json"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_stage_is_named_and_percentages_are_rounded_down(capsys: pytest.CaptureFixture[str]) -> None:
+    from rdmaload.cli import progress as shown
+
+    almost = Progress("save", 999, 1000, 1, 1, 5.0, rate=0.5, stage="publish", skipped_bytes=0)
+    assert shown._head("save", almost) == "save (publish):  99"
+    assert shown._tail(almost) == "999 bytes of 1.0 kB, 0 bytes/s, 0:02 left"
+    assert shown._tail(Progress("load", 0, 7200_000, 0, 1, 5.0)) == "0 bytes of 7.2 MB, 0 bytes/s, ? left"
+    assert shown._clock(7261.5) == "2:01:02"
 
 
 def test_warnings_are_lines_of_ours(tiny_checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]) -> None:

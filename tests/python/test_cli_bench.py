@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -240,3 +243,149 @@ def test_an_interrupted_measurement_ends_with_130(
             finally:
                 process.kill()
     assert (process.returncode, out, err) == (130, "", "rdmaload: interrupted\n")
+
+
+# Loaders beside ours, devices, pictures
+
+
+def test_other_loaders_read_the_same_files_or_are_named_with_the_reason(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "bench.json"
+    against = "safetensors,fastsafetensors,boto3"
+    command = ["bench", str(tiny_checkpoint.directory), *SMALL, "--against", against, "--json", str(out)]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    document = json.loads(out.read_text())
+    found = {one["name"]: one for one in document["against"]}
+    assert list(found)[:2] == ["rdmaload", "safetensors"]
+    assert found["rdmaload"]["ratio"] == 1
+    assert found["safetensors"]["samples"] == 2
+    assert found["safetensors"]["ratio"] == pytest.approx(
+        found["rdmaload"]["gb_per_s"] / found["safetensors"]["gb_per_s"]
+    )
+    assert found["boto3"]["left_out"] == "does not read file:// (it reads s3)"
+    if importlib.util.find_spec("fastsafetensors") is None:
+        assert found["fastsafetensors"]["left_out"] == "not installed: pip install fastsafetensors"
+        assert "left out" in shown
+    assert "times as fast" in shown
+
+
+def test_redis_py_reads_the_chunks_of_the_same_files(
+    tiny_checkpoint: Checkpoint, redis_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rdmaload.cli import peers
+
+    rdmaload.save(tiny_checkpoint.directory, redis_url)
+    answers: list[tuple[str, int]] = []
+    run = peers._run
+
+    def note(name: str, job: dict[str, Any]) -> dict[str, Any]:
+        answer = run(name, job)
+        answers.append((name, answer["bytes"]))
+        return answer
+
+    monkeypatch.setattr(peers, "_run", note)
+    assert main(["bench", redis_url, *SMALL, "--against", "redis-py,safetensors", "--json"]) == 0
+    against = json.loads(capsys.readouterr().out)["against"]
+    assert [one["name"] for one in against] == ["rdmaload", "redis-py", "safetensors"]
+    assert [name for name, _ in answers] == ["rdmaload", "redis-py", "redis-py", "rdmaload"]  # in turns
+    read = dict(answers)
+    headers = read["redis-py"] - read["rdmaload"]
+    assert 0 < headers < 10_000  # whole files: their headers, too
+
+
+def test_a_loader_that_fails_is_left_out_and_the_others_go_on(
+    tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rdmaload.cli import peers
+
+    run = peers._run
+
+    def run_without_files(name: str, job: dict[str, Any]) -> dict[str, Any]:
+        return run(name, {**job, "files": ["none.safetensors"]} if name == "safetensors" else job)
+
+    monkeypatch.setattr(peers, "_run", run_without_files)
+    assert main(["bench", str(tiny_checkpoint.directory), *SMALL, "--against", "safetensors", "--json"]) == 0
+    ours, theirs = json.loads(capsys.readouterr().out)["against"]
+    assert (ours["name"], ours["samples"]) == ("rdmaload", 2)
+    assert "none.safetensors" in theirs["left_out"]
+
+
+def test_the_way_to_a_gpu_is_the_limit_when_it_is() -> None:
+    limit, text, advice = judged(to_device=figure(2.9), store={2: figure(9.0)}, fresh=figure(1.0))
+    assert (limit, text) == ("pcie", "the way to the GPU (PCIe) is the limit: a load ran at 2.8 of 2.9 GB/s")
+    assert "nvidia-smi" in advice
+    assert judged(to_device=figure(25.0))[0] == "store"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--device", "cuda:0"], 1, "device='cuda:0'"),
+        (["--device", "nonsense"], 1, "no device that torch knows"),
+        (["--against", "safetensors,nope"], 2, "there is no loader 'nope'"),
+        (["--plot", "bench.gif"], 2, "ends in .png, .svg, .html"),
+    ],
+)
+def test_what_bench_refuses(
+    arguments: list[str], code: int, words: str, tiny_checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    if "cuda:0" in arguments and torch.cuda.is_available():
+        arguments = ["--device", "cuda:99"]
+        words = "device='cuda:99'"
+    assert main(["bench", str(tiny_checkpoint.directory), *SMALL, *arguments]) == code
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".html", ".svg", ".png"])
+def test_plots_hold_every_figure_and_need_nothing_else(suffix: str, tmp_path: Path) -> None:
+    from rdmaload.cli.plot import Section, draw
+
+    if suffix == ".png":
+        pytest.importorskip("matplotlib")
+    sections = [
+        Section("Store", [dataclasses.replace(figure(1.0, 2.0, 4.0), name="<load> & more")]),
+        Section("Loaders", [dataclasses.replace(figure(0.25), name="peer")]),
+    ]
+    path = tmp_path / f"plot{suffix}"
+    if suffix == ".png":  # in a process of its own: matplotlib keeps its fonts open
+        code = "import pickle, sys; from rdmaload.cli.plot import draw; draw(*pickle.load(sys.stdin.buffer))"
+        given = pickle.dumps((path, "bench", ["the store is the limit"], sections))
+        subprocess.run([sys.executable, "-c", code], input=given, check=True, timeout=120)
+    else:
+        draw(path, "bench redis://h/<m>", ["the store is the limit"], sections)
+    if suffix == ".png":
+        assert path.read_bytes().startswith(b"\x89PNG")
+        return
+    text = path.read_text()
+    for shown in ("&lt;load&gt; &amp; more", "2.00 GB/s (1.00 to 4.00)", "0.25 GB/s", "bench redis://h/&lt;m&gt;"):
+        assert shown in text
+    assert "src=" not in text
+    assert "href=" not in text
+    if suffix == ".svg":
+        root = ElementTree.fromstring(text)
+        bars = [float(bar.get("width", 0)) for bar in root.iter("{http://www.w3.org/2000/svg}rect")]
+        assert bars[1] == pytest.approx(2 * bars[0])  # each section has its own scale: a half, and all of it
+    else:
+        assert "the store is the limit" in text
+
+
+def test_json_goes_to_a_file_and_the_lines_to_the_terminal(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, out = str(tiny_checkpoint.directory), tmp_path / "out.json"
+    for command in (["load", "--json", str(out), directory], ["load", directory, f"--json={out}"]):
+        out.unlink(missing_ok=True)
+        assert main(command) == 0
+        assert "loaded " in capsys.readouterr().out
+        assert json.loads(out.read_text())["tensors"] > 0
+    for command in (["load", "--json", directory], ["load", directory, "--json"]):
+        assert main(command) == 0
+        assert json.loads(capsys.readouterr().out)["tensors"] > 0
+    out.unlink()
+    assert main(["load", str(tmp_path / "none"), "--json", str(out)]) == 3
+    assert not out.exists()
+    assert capsys.readouterr().out == ""

@@ -2,7 +2,8 @@
 
 Results go to stdout, everything else (questions, progress, warnings, one line per error) to stderr.
 With --json stdout is one JSON document and nothing else; that of a failure is
-`{"error": {"type", "message", "url", "key", "exit_code"}}`. Exit codes:
+`{"error": {"type", "message", "url", "key", "exit_code"}}`. With `--json FILE.json` the document goes there, and
+the lines for people to stdout; a failure writes no file. Exit codes:
 
     0    done
     1    anything that no other code says: it exists already, memory, device, a "no" to a question
@@ -26,7 +27,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from rdmaload.cli.arguments import Parser, redact_arguments
+from rdmaload.cli.arguments import Parser, redact_arguments, with_json_joined
 from rdmaload.cli.exits import INTERRUPTED, OTHER, describe, exit_code
 from rdmaload.cli.output import write_error, write_json
 from rdmaload.cli.parser import make_parser
@@ -37,10 +38,10 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. `argv` is what follows the program's name."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = with_json_joined(sys.argv[1:] if argv is None else argv)
     parser: Parser = make_parser()
     # Asked for before the parser has understood the rest, which may be what is wrong.
-    debug, json = "--debug" in arguments, "--json" in arguments
+    debug, json = "--debug" in arguments, "--json=-" in arguments
     try:
         args = parser.parse_args(arguments)
         with logging_to_stderr(quiet=args.quiet, debug=args.debug):

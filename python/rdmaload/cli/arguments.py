@@ -122,7 +122,15 @@ def add_command(
         help="an option such as connections=4 or bytes_in_flight=64MiB, the same as in the url's "
         "query; may be repeated; `rdmaload --help` lists them",
     )
-    command.add_argument("--json", action="store_true", help="print one JSON document with exact numbers")
+    command.add_argument(
+        "--json",
+        nargs="?",
+        const=True,
+        default=False,
+        type=_json_target,
+        metavar="FILE.json",
+        help="print one JSON document with exact numbers, or write it to FILE.json beside what is printed",
+    )
     add_verbosity(command, default=argparse.SUPPRESS)
     command.set_defaults(run=run)
     return command
@@ -151,6 +159,25 @@ def _sections(prints: str, exits: Mapping[int, str], examples: Sequence[str], en
         "examples": "\n".join(f"  {example}" for example in examples),
     }
     return "\n\n".join(f"{title}:\n{text}" for title, text in sections.items())
+
+
+def with_json_joined(arguments: Sequence[str]) -> list[str]:
+    """`arguments` with what belongs to --json in one word: argparse would take any word that follows it for a file.
+
+    >>> with_json_joined(["load", "--json", "redis://h/m"]), with_json_joined(["--json", "out.json"])
+    (['load', '--json=-', 'redis://h/m'], ['--json=out.json'])
+    """
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] == "--json=-" and argument.endswith(".json") and not argument.startswith("-"):
+            joined[-1] = f"--json={argument}"
+        else:
+            joined.append("--json=-" if argument == "--json" and "--" not in joined else argument)
+    return joined
+
+
+def _json_target(text: str) -> bool | str:
+    return True if text == "-" else text
 
 
 def add_verbosity(parser: argparse.ArgumentParser, *, default: object = False) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import replace
 
 from rdmaload.cli.arguments import Commands, add_command, add_url, options_of, size, whole_number
+from rdmaload.cli.exits import UsageError
 from rdmaload.cli.output import columns, count_text, size_text, write_result
+from rdmaload.cli.plot import PLOT_SUFFIXES, Section, draw
 from rdmaload.cli.progress import progress_bar
 
 __all__ = ["register"]
@@ -24,14 +27,21 @@ def register(commands: Commands) -> None:
         description="Measure the pieces of a load one by one and say which is the limit and what to set: fresh and "
         "touched memory, the checksum, a stream over loopback (for a store on this machine), the store over several "
         "numbers of connections into memory that is there already, and a whole load. Files are measured warm, from the "
-        "page cache. Each is repeated; the median is shown with the lowest and the highest. The store is only read.",
+        "page cache. Each is repeated; the median is shown with the lowest and the highest. The store is only read. "
+        "With --device the load goes to a GPU, and the way there is measured alone, too. With --against other loaders "
+        "read the same weight files (whole ones, about --bytes of them), each in a fresh process, in turns with "
+        "rdmaload, every byte into memory of their own; times are without starting Python and importing.",
         prints="One line per measurement in decimal GB/s, then the limit in words, then advice; with --json the same "
         "as one document: url, bytes, repeat, cpus, measurements, round_trip_seconds, limit (store, network, distance, "
-        "memory, checksum, cpu, or sample when the model is too small to say), verdict, advice, load.",
+        "memory, checksum, pcie, cpu, or sample when the model is too small to say), verdict, advice, device, load, "
+        "and with --against a list of loaders with their rates and ratio (how many times as fast rdmaload was), or "
+        "left_out, the reason.",
         examples=[
             "rdmaload bench redis://10.0.0.5/llama",
             "rdmaload bench redis://10.0.0.5/llama --connections 1,2,8 --repeat 5",
             "rdmaload bench /models/llama --bytes 4GB --json",
+            "rdmaload bench /models/llama --against safetensors,runai --plot bench.html",
+            "rdmaload bench redis://10.0.0.5/llama --device cuda:0 --json bench.json",
         ],
     )
     add_url(bench)
@@ -54,6 +64,23 @@ def register(commands: Commands) -> None:
         help="numbers of connections (for files: threads) to compare; the one that is set is measured as well "
         "(default: 1,2,4)",
     )
+    bench.add_argument(
+        "--device", default="cpu", help="where the load goes: cpu, or a CUDA device such as cuda:0 (default: cpu)"
+    )
+    bench.add_argument(
+        "--against",
+        type=_loaders,
+        default=(),
+        metavar="NAME,...",
+        help="other loaders to compare with, those of safetensors, runai, fastsafetensors (directories), runai, boto3, "
+        "obstore (s3://) and redis-py (redis://) that are installed; one that is not, or does not read this store, is "
+        "named with the reason",
+    )
+    bench.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="draw the rates: .html or .svg (one file that needs nothing), or .png (needs matplotlib)",
+    )
 
 
 def _positive(text: str) -> int:
@@ -72,12 +99,24 @@ def _counts(text: str) -> tuple[int, ...]:
     return counts
 
 
+def _loaders(text: str) -> tuple[str, ...]:
+    from rdmaload.cli.peers import PEERS
+
+    names = tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in PEERS:
+            raise argparse.ArgumentTypeError(f"there is no loader {name!r}; there are {', '.join(PEERS)}")
+    return names
+
+
 def _bench(args: argparse.Namespace) -> int:
     from rdmaload.cli.bench_store import Bench
     from rdmaload.cli.transfer import import_torch
     from rdmaload.cli.verdict import judge
     from rdmaload.urls import parse_url
 
+    if args.plot is not None and not args.plot.lower().endswith(PLOT_SUFFIXES):
+        raise UsageError(f"--plot takes a file that ends in {', '.join(PLOT_SUFFIXES)}")
     import_torch()
     with progress_bar(args, "bench") as progress:
         bench = Bench(
@@ -87,6 +126,8 @@ def _bench(args: argparse.Namespace) -> int:
             nbytes=args.bytes,
             repeat=args.repeat,
             connections=args.connections,
+            device=args.device,
+            peers=args.against,
             progress=progress,
         )
         result = bench.run()
@@ -97,7 +138,7 @@ def _bench(args: argparse.Namespace) -> int:
         (found.fresh, f"first touch; huge pages: {found.huge_pages or 'unknown'}"),
         (found.small_pages, "first touch of 4 KiB pages"),
         (found.touched, "copy out of the cache"),
-        *((figure, figure.note) for figure in (found.checksum, found.stream) if figure is not None),
+        *((figure, figure.note) for figure in (found.checksum, found.stream, found.to_device) if figure is not None),
         *((figure, "as set" if count == found.configured else "") for count, figure in sorted(found.store.items())),
         (found.load, f"{result.stats.path}, {'verified' if result.stats.verified_bytes else 'not verified'}"),
     ]
@@ -120,8 +161,28 @@ def _bench(args: argparse.Namespace) -> int:
         "round_trip_seconds": found.round_trip,
         "limit": verdict.limit,
         "verdict": verdict.text,
+        "device": args.device,
         "advice": list(verdict.advice),
         "load": result.stats.to_json(),
     }
+    sections = [
+        Section(
+            "This machine and this store",
+            [replace(figure, name=names.get(figure.name, figure.name)) for figure, _ in figures],
+        )
+    ]
+    contest = result.contest
+    if contest is not None:
+        lines.append(
+            f"{count_text(contest.files, 'weight file')}, {size_text(contest.nbytes)}, in fresh processes in turns, "
+            f"{count_text(args.repeat, 'time')} each:"
+        )
+        lines += columns(contest.lines())
+        document["against"] = contest.to_json()
+        sections.append(Section("Loaders, the same files in fresh processes", contest.figures))
+    if args.plot is not None:
+        draw(args.plot, f"rdmaload bench {result.url}", [verdict.text, *verdict.advice], sections)
+        lines.append(f"plot {args.plot}")
+        document["plot"] = args.plot
     write_result(args.json, document, lines)
     return 0

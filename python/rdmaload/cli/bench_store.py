@@ -22,11 +22,14 @@ from typing import TYPE_CHECKING, Literal
 from rdmaload.cli import rates
 from rdmaload.cli.rates import Figure
 from rdmaload.cli.verdict import Findings
+from rdmaload.errors import NotSupportedError
+from rdmaload.meter import Meter
 from rdmaload.stats import LoadStats, Progress
 
 if TYPE_CHECKING:
     import torch
 
+    from rdmaload.cli.peers import Contest
     from rdmaload.connectors import Connector
     from rdmaload.model import Model
     from rdmaload.urls import Url
@@ -48,6 +51,7 @@ class Result:
     model_bytes: int
     stats: LoadStats
     """Of the last load."""
+    contest: Contest | None = None
 
 
 class Bench:
@@ -62,6 +66,8 @@ class Bench:
         nbytes: int,
         repeat: int,
         connections: Sequence[int],
+        device: str,
+        peers: Sequence[str],
         progress: Callable[[Progress], None] | None,
     ) -> None:
         self._location = location
@@ -70,16 +76,22 @@ class Bench:
         self._nbytes = nbytes
         self._repeat = repeat
         self._connections = connections
-        self._progress = progress
-        self._begin = time.perf_counter()
+        self._device = device
+        self._peers = peers
+        self._meter = None if progress is None else Meter("bench", progress)
         self._stats = LoadStats()
 
     def run(self) -> Result:
         from rdmaload import host_memory
         from rdmaload.connectors import KeyValueConnector, connector_for
         from rdmaload.connectors.registry import connector_class
+        from rdmaload.devices import checked_device
         from rdmaload.model import Model
 
+        place = checked_device(self._device)
+        if place.type not in ("cpu", "cuda"):
+            raise NotSupportedError(f"--device {self._device}: bench measures loads into host memory and CUDA devices")
+        self._device = str(place)
         is_store = issubclass(connector_class(self._location.scheme), KeyValueConnector)
         with ExitStack() as stack:
             connector = stack.enter_context(connector_for(self._location, **self._opts))  # type: ignore[arg-type]
@@ -95,6 +107,8 @@ class Bench:
             readers = {count: stack.enter_context(self._reader(model, count)) for count in counts}
             local = is_store and _is_local(self._location)
             measured = self._rounds(model, readers, scratch, names, sample_bytes, local)
+            if self._meter is not None:
+                self._meter.finish()
             round_trip = _round_trip(connector) if kind == "server" else None
             findings = Findings(
                 kind=kind,
@@ -112,10 +126,27 @@ class Bench:
                 bytes_in_flight=connector.bytes_in_flight,
                 link=None if local or kind != "server" else _link_rate(self._location),
                 chunk_bytes=model.chunk_bytes,
+                to_device=measured.get("to the GPU"),
                 huge_pages=_selected(_THP),
                 congestion_control=_text(_CONGESTION),
             )
-            return Result(model.url, findings, sum(file.size for file in model.files), self._stats)
+            del scratch
+            contest = self._against(model) if self._peers else None
+            return Result(model.url, findings, sum(file.size for file in model.files), self._stats, contest)
+
+    def _against(self, model: Model) -> Contest:
+        from rdmaload.cli.peers import compare_peers
+
+        return compare_peers(
+            self._peers,
+            self._location,
+            model,
+            self._opts,
+            rank=self._rank,
+            device=self._device,
+            nbytes=self._nbytes,
+            repeat=self._repeat,
+        )
 
     def _sample(self, model: Model) -> tuple[list[str] | None, int]:
         """Patterns for the first tensors, up to the bytes that were asked for; None when these are all."""
@@ -171,19 +202,21 @@ class Bench:
             notes["stream"] = "between two unix sockets" if unix else "TCP over loopback"
         for count, reader in readers.items():
             works[f"store, {count}"] = lambda reader=reader: self._read(reader, scratch, names)  # type: ignore[misc]
+        if self._device != "cpu":
+            works["to the GPU"] = lambda: rates.device_rate(nbytes, self._device)
+            notes["to the GPU"] = f"from page-locked memory to {self._device}"
         works["load"] = lambda: self._load(model, names)
         samples: dict[str, list[float]] = {name: [] for name in works}
         total = len(works) * self._repeat
+        if self._meter is not None:
+            self._meter.bytes_total, self._meter.files_total = total * sample_bytes, total
         for number in range(self._repeat):
             for position, (name, work) in enumerate(works.items()):
                 samples[name].append(work())
-                self._tell(number * len(works) + position + 1, total, sample_bytes)
+                if self._meter is not None:
+                    done = number * len(works) + position + 1
+                    self._meter.update(done * sample_bytes, done)
         return {name: Figure(name, tuple(found), notes.get(name, "")) for name, found in samples.items()}
-
-    def _tell(self, done: int, total: int, sample_bytes: int) -> None:
-        if self._progress is not None:
-            seconds = time.perf_counter() - self._begin
-            self._progress(Progress("bench", done * sample_bytes, total * sample_bytes, done, total, seconds))
 
     def _read(self, reader: Model, scratch: Mapping[str, torch.Tensor], names: list[str] | None) -> float:
         stats = reader.load_into(scratch, rank=self._rank, include=names)
@@ -191,7 +224,7 @@ class Bench:
 
     def _load(self, model: Model, names: list[str] | None) -> float:
         self._stats = LoadStats()
-        model.load(rank=self._rank, include=names, stats=self._stats)
+        model.load(rank=self._rank, include=names, stats=self._stats, device=self._device)
         return self._stats.bytes / self._stats.seconds
 
 

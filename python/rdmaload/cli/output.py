@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TextIO
 
 __all__ = [
@@ -91,15 +92,21 @@ def write_lines(lines: Iterable[str], stream: TextIO | None = None) -> None:
 
 def write_json(document: Mapping[str, object]) -> None:
     """Print one JSON document, in ASCII."""
-    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    sys.stdout.write(_json_text(document))
 
 
-def write_result(as_json: bool, document: Mapping[str, object], lines: Iterable[str]) -> None:
-    """Print a result as the document or as lines for people."""
-    if as_json:
+def _json_text(document: Mapping[str, object]) -> str:
+    return json.dumps(document, indent=2) + "\n"
+
+
+def write_result(as_json: bool | str, document: Mapping[str, object], lines: Iterable[str]) -> None:
+    """Print a result as the document or as lines for people; with a file's name, the document goes into that file."""
+    if as_json is True:
         write_json(document)
-    else:
-        write_lines(lines)
+        return
+    write_lines(lines)
+    if as_json:
+        Path(as_json).write_text(_json_text(document), encoding="ascii")
 
 
 def write_error(message: str) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rdmaload._core import HostArena
 
-__all__ = ["Figure", "checksum_rate", "fresh_rate", "small_page_rate", "stream_rate", "touched_rate"]
+__all__ = ["Figure", "checksum_rate", "device_rate", "fresh_rate", "small_page_rate", "stream_rate", "touched_rate"]
 
 ARENA_BYTES = 256 << 20  # as the arenas of a load
 _SOURCE_BYTES = 2 << 20  # stays in a cache, as what a socket has just received does
@@ -121,6 +121,23 @@ def checksum_rate(nbytes: int) -> float:
     for _ in range(count):
         crc32c(piece)
     return count * _PIECE_BYTES / (time.perf_counter() - begin)
+
+
+def device_rate(nbytes: int, device: str) -> float:
+    """Copying from page-locked host memory to a GPU, as large pieces: what the bus between them gives."""
+    import torch
+
+    source = torch.empty(min(nbytes, ARENA_BYTES), dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(source.numel(), dtype=torch.uint8, device=device)
+    target.copy_(source)
+    torch.cuda.synchronize(device)
+    total = 0
+    begin = time.perf_counter()
+    while total < nbytes:
+        target.copy_(source, non_blocking=True)
+        total += source.numel()
+    torch.cuda.synchronize(device)
+    return total / (time.perf_counter() - begin)
 
 
 def stream_rate(nbytes: int, *, unix: bool) -> float:

@@ -11,7 +11,7 @@ from rdmaload.cli.rates import Figure
 
 __all__ = ["Findings", "Limit", "Verdict", "judge"]
 
-Limit = Literal["store", "network", "distance", "memory", "checksum", "cpu", "sample"]
+Limit = Literal["store", "network", "distance", "memory", "checksum", "pcie", "cpu", "sample"]
 
 _REACHES = 0.8  # of a stage's rate alone: a load that runs so fast is limited by that stage
 _OUTRAN = 1.15  # times its rate: more than noise
@@ -49,6 +49,8 @@ class Findings:
     link: float | None = None
     """Bytes per second of the network device towards the store; None when unknown or not in the way."""
     chunk_bytes: int | None = None
+    to_device: Figure | None = None
+    """From page-locked memory to the GPU that loads go to; None where they stay in host memory."""
     huge_pages: str = ""
     """"always", "madvise", "never" or "" (unknown)."""
     congestion_control: str = ""
@@ -101,7 +103,11 @@ def _limit(found: Findings) -> tuple[Limit, str, float]:
     store = found.store[found.configured].median
     rates: list[tuple[Limit, str, float]] = [
         (*_store_side(found, store), store),
-        ("memory", "finding and clearing fresh memory", found.fresh.median),
+        (
+            ("memory", "finding and clearing fresh memory", found.fresh.median)
+            if found.to_device is None
+            else ("pcie", "the way to the GPU (PCIe)", found.to_device.median)
+        ),
     ]
     if found.checksum is not None:
         workers = max(1, min(found.configured, found.cpus))
@@ -161,6 +167,11 @@ def _advice(found: Findings, limit: Limit) -> Iterator[str]:
         yield "allow huge pages (echo madvise > /sys/kernel/mm/transparent_hugepage/enabled): fresh memory costs less"
     if limit == "memory":
         yield "load_into() memory that is there already, or weight_iterator(borrow=True): neither needs fresh memory"
+    if limit == "pcie":
+        yield (
+            "see by nvidia-smi -q that the GPU's link has its full width and generation, and by nvidia-smi topo -m "
+            "that this process runs on the CPUs beside it"
+        )
     if limit == "cpu" and found.cpus < 4:
         yield f"give the process more than {found.cpus} CPUs: receiving, clearing and checksums then overlap"
     if limit == "checksum":

@@ -1,0 +1,330 @@
+"""Other loaders, for `bench --against`: each reads the same files once in a fresh process, in turns with ours.
+
+This file is both sides: `compare_peers` starts `python -m rdmaload.cli.peers`, which gets its job as JSON on stdin (a
+url may hold a password, and arguments are seen by everybody) and answers with seconds and bytes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rdmaload.cli.rates import Figure
+
+if TYPE_CHECKING:
+    from rdmaload.index import IndexFile
+    from rdmaload.model import Model
+    from rdmaload.urls import Url
+
+__all__ = ["PEERS", "Contest", "compare_peers"]
+
+_TIMEOUT_SECONDS = 600.0  # for one load of a sample in one process
+_OURS = "rdmaload"
+
+_Job = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A loader, the module and the package that it comes in, and the stores that it reads here."""
+
+    module: str
+    package: str
+    schemes: tuple[str, ...]
+    load: Callable[[_Job], int]
+    """Read the job's files into memory of their own; the bytes of it."""
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What each loader did, ours first, and why others did nothing."""
+
+    nbytes: int
+    files: int
+    figures: Sequence[Figure]
+    left_out: Mapping[str, str]
+
+    def lines(self) -> list[tuple[str, str, str]]:
+        """Name, rate, and how much faster than it we are."""
+        ours = self.figures[0].median
+        rows = [(f"  {one.name}", one.text(), one.note) for one in self.figures[:1]]
+        rows += [
+            (f"  {one.name}", one.text(), f"{one.note}; rdmaload {ours / one.median:.2f} times as fast")
+            for one in self.figures[1:]
+        ]
+        return rows + [(f"  {name}", "left out", reason) for name, reason in self.left_out.items()]
+
+    def to_json(self) -> list[dict[str, object]]:
+        ours = self.figures[0].median
+        found: list[dict[str, object]] = [{**one.to_json(), "ratio": ours / one.median} for one in self.figures]
+        return found + [{"name": name, "left_out": reason} for name, reason in self.left_out.items()]
+
+
+def compare_peers(
+    names: Sequence[str],
+    location: Url,
+    model: Model,
+    opts: Mapping[str, object],
+    *,
+    rank: int | None,
+    device: str,
+    nbytes: int,
+    repeat: int,
+) -> Contest:
+    """Time rdmaload and the peers, `repeat` times each, in turns, on whole weight files of about `nbytes`."""
+    specs = model.rank_tensors(rank)
+    files: list[IndexFile] = []
+    for file in model.files:
+        if file.header is None or file.rank not in (None, rank or 0):
+            continue
+        if files and sum(one.size for one in files) + file.size > nbytes:
+            break
+        files.append(file)
+    chosen = {file.path for file in files}
+    job: dict[str, object] = {
+        "url": _spelled(location),
+        "scheme": location.scheme,
+        "files": [file.path for file in files],
+        "opts": {name: str(value) for name, value in opts.items()},
+        "names": [name for name, spec in specs.items() if spec.file in chosen],
+        "rank": rank,
+        "device": device,
+        "keys": _chunk_keys(model, files),
+    }
+    left_out: dict[str, str] = {}
+    samples: dict[str, list[float]] = {_OURS: []}
+    for name in names:
+        reason = _why_not(name, location, model)
+        if reason:
+            left_out[name] = reason
+        else:
+            samples[name] = []
+    read: dict[str, int] = {}
+    for turn in range(repeat):
+        order = list(samples)
+        for name in order[turn % len(order) :] + order[: turn % len(order)]:  # nobody always comes after the same
+            if name in left_out:
+                continue
+            try:
+                answer = _run(name, job)
+            except RuntimeError as error:
+                if name == _OURS:
+                    raise
+                left_out[name] = str(error)
+                continue
+            if not answer["bytes"]:
+                left_out[name] = "it read nothing"
+                continue
+            samples[name].append(answer["bytes"] / answer["seconds"])
+            read[name] = answer["bytes"]
+    figures = [
+        Figure(name, tuple(found), _version(name)) for name, found in samples.items() if found and name not in left_out
+    ]
+    return Contest(read[_OURS], len(files), figures, left_out)
+
+
+def _spelled(location: Url) -> str:
+    """The url as text, with its secrets: it goes to our own child alone."""
+    return location.path if location.scheme == "file" else location.text
+
+
+def _chunk_keys(model: Model, files: Sequence[IndexFile]) -> list[str]:
+    from rdmaload.index import chunk_key
+
+    if model.store_layout != "rdmaload" or model.generation is None or model.chunk_bytes is None:
+        return []
+    name = model._connector.location.model
+    return [
+        chunk_key(name, model.generation, file.number, chunk)
+        for file in files
+        for chunk in range(-(-file.size // model.chunk_bytes))
+    ]
+
+
+def _why_not(name: str, location: Url, model: Model) -> str:
+    peer = PEERS[name]
+    if location.scheme not in peer.schemes:
+        return f"does not read {location.scheme}:// (it reads {', '.join(peer.schemes)})"
+    if name == "redis-py" and model.store_layout != "rdmaload":
+        return "compared for models in format 1 only"
+    if importlib.util.find_spec(peer.module) is None:
+        return f"not installed: pip install {peer.package}"
+    return ""
+
+
+def _version(name: str) -> str:
+    package = PEERS[name].package if name in PEERS else _OURS
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "version unknown"
+
+
+def _run(name: str, job: _Job) -> dict[str, Any]:
+    package = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "rdmaload.cli.peers", name],
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_SECONDS,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"took longer than {_TIMEOUT_SECONDS:g} s") from None
+    answer = done.stdout.strip().rpartition("\n")[2]
+    if done.returncode or not answer.startswith("{"):
+        said = done.stderr.strip().rpartition("\n")[2] or f"it ended with code {done.returncode}"
+        raise RuntimeError(said[:300])
+    found: dict[str, Any] = json.loads(answer)
+    return found
+
+
+# ---- the other side: one load in a process of its own ------------------------------------------
+
+
+def _rdmaload(job: _Job) -> int:
+    import glob
+
+    import rdmaload
+
+    names = [glob.escape(name) for name in job["names"]]
+    with rdmaload.open(job["url"], **job["opts"]) as model:
+        return _total(model.load(rank=job["rank"], device=job["device"], include=names))
+
+
+def _total(state: Mapping[str, Any]) -> int:
+    return sum(tensor.nbytes for tensor in state.values())
+
+
+def _paths(job: _Job) -> list[str]:
+    place = job["url"] if job["scheme"] == "file" else job["url"].partition("?")[0]
+    return [f"{place.rstrip('/')}/{file}" for file in job["files"]]
+
+
+def _safetensors(job: _Job) -> int:
+    from safetensors.torch import load_file
+
+    state: dict[str, Any] = {}
+    for path in _paths(job):
+        # On the CPU its tensors are views of the mapped file: a clone is the first to read them.
+        loaded = load_file(path, device=job["device"])
+        state.update({name: one.clone() for name, one in loaded.items()} if job["device"] == "cpu" else loaded)
+    return _total(state)
+
+
+def _runai(job: _Job) -> int:
+    from runai_model_streamer import SafetensorsStreamer
+
+    state: dict[str, Any] = {}
+    with SafetensorsStreamer() as streamer:
+        streamer.stream_files(_paths(job))
+        for name, tensor in streamer.get_tensors():
+            # Its memory is used again for the next one.
+            state[name] = tensor.clone() if job["device"] == "cpu" else tensor.to(job["device"])
+    return _total(state)
+
+
+def _fastsafetensors(job: _Job) -> int:
+    from fastsafetensors import SafeTensorsFileLoader, SingleGroup
+
+    loader = SafeTensorsFileLoader(SingleGroup(), job["device"], nogds=job["device"] == "cpu")
+    loader.add_filenames({0: _paths(job)})
+    buffers = loader.copy_files_to_device()
+    # Not closed: the tensors are views of these buffers, which hold every byte.
+    return _total({name: buffers.get_tensor(name) for name in buffers.key_to_rank_lidx})
+
+
+def _bucket(job: _Job) -> tuple[str, str, Mapping[str, Any]]:
+    from rdmaload.urls import parse_url
+
+    url = parse_url(job["url"])
+    return url.host or "", url.path.strip("/") or url.model, {**url.query, **job["opts"]}
+
+
+def _boto3(job: _Job) -> int:
+    import io
+
+    import boto3
+
+    bucket, prefix, opts = _bucket(job)
+    client = boto3.client("s3", endpoint_url=opts.get("endpoint_url"), region_name=opts.get("region"))
+    kept = []
+    for file in job["files"]:
+        kept.append(io.BytesIO())
+        client.download_fileobj(bucket, f"{prefix}/{file}", kept[-1])
+    return sum(one.getbuffer().nbytes for one in kept)
+
+
+def _obstore(job: _Job) -> int:
+    from obstore.store import S3Store
+
+    bucket, prefix, opts = _bucket(job)
+    given = {"endpoint": opts.get("endpoint_url"), "region": opts.get("region")}
+    given = {name: value for name, value in given.items() if value}
+    store = S3Store(bucket, client_options={"allow_http": True}, **given)
+    kept = [store.get(f"{prefix}/{file}").bytes() for file in job["files"]]
+    return sum(len(one) for one in kept)
+
+
+def _redis_py(job: _Job) -> int:
+    import redis
+
+    from rdmaload.connectors import connector_for
+
+    with connector_for(job["url"], **job["opts"]) as ours:
+        url, options = ours.location, ours.options
+        password = options.read_password(url=ours.url)
+    client = redis.Redis(
+        url.host or "localhost", url.port or 6379, db=options.db, username=options.username, password=password
+    )
+    kept = [client.get(key) for key in job["keys"]]
+    return sum(len(one or b"") for one in kept)
+
+
+PEERS = {
+    "safetensors": Peer("safetensors", "safetensors", ("file",), _safetensors),
+    "runai": Peer("runai_model_streamer", "runai-model-streamer", ("file", "s3"), _runai),
+    "fastsafetensors": Peer("fastsafetensors", "fastsafetensors", ("file",), _fastsafetensors),
+    "boto3": Peer("boto3", "boto3", ("s3",), _boto3),
+    "obstore": Peer("obstore", "obstore", ("s3",), _obstore),
+    "redis-py": Peer("redis", "redis", ("redis", "valkey"), _redis_py),
+}
+
+
+def _main() -> None:
+    job = json.load(sys.stdin)
+    load = _rdmaload if sys.argv[1] == _OURS else PEERS[sys.argv[1]].load
+    import torch
+
+    if sys.argv[1] == _OURS:
+        from rdmaload import loading
+        from rdmaload.connectors.registry import connector_class
+
+        assert loading.open is not None
+        connector_class(job["scheme"])
+    else:
+        importlib.import_module(PEERS[sys.argv[1]].module)
+    cuda = job["device"].startswith("cuda")
+    if cuda:
+        torch.zeros(1, device=job["device"])  # making a context takes seconds that are no loader's
+    begin = time.perf_counter()
+    nbytes = load(job)
+    if cuda:
+        torch.cuda.synchronize()
+    print(json.dumps({"seconds": time.perf_counter() - begin, "bytes": nbytes}))
+
+
+if __name__ == "__main__":
+    _main()
