@@ -12,6 +12,7 @@
 #include <openssl/x509_vfy.h>
 #include <openssl/x509v3.h>
 
+#include <memory>
 #include <string>
 
 #include "core/error.h"
@@ -86,5 +87,22 @@ std::string openssl_error();
 Error unusable_file(const char* option, const std::string& path);
 // A password callback that asks nobody: a terminal would wait for ever.
 int no_password(char*, int, int, void*);
+
+struct ContextDeleter {
+  void operator()(SSL_CTX* context) const noexcept { openssl().SSL_CTX_free(context); }
+};
+using ContextPtr = std::unique_ptr<SSL_CTX, ContextDeleter>;
+// What both sides want of TLS: 1.2 or newer, no renegotiation, no compression, partial writes. `mode` is
+// added.
+ContextPtr make_context(const SSL_METHOD* method, long mode = 0);
+// The certificate that this side shows, and its key (empty: in the same file). Throws what unusable_file()
+// says of `cert_option` or `key_option`.
+void use_certificate(SSL_CTX* context, const char* cert_option, const std::string& cert_file,
+                     const char* key_option, const std::string& key_file);
+// A way to give OpenSSL bytes by callbacks. Made once per process and kind, and never freed, as the library
+// is never closed.
+using BioRead = int (*)(BIO*, char*, size_t, size_t*);
+using BioWrite = int (*)(BIO*, const char*, size_t, size_t*);
+BIO_METHOD* make_bio_method(const char* name, BioRead read, BioWrite write);
 
 }  // namespace rdmaload

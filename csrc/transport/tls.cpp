@@ -16,8 +16,6 @@
 namespace rdmaload {
 namespace {
 
-// What one recv may bring: several records of 16 KiB. OpenSSL alone asks for 5 bytes and then for a record.
-constexpr size_t kReadAheadBytes = 128 << 10;
 // What alerts are called in OpenSSL's error numbers.
 constexpr int kAlert = 1000;
 
@@ -30,20 +28,8 @@ bool is_address(const std::string& name) {
 
 TlsContext::TlsContext(TlsOptions options) : options_(std::move(options)) {
   const OpenSsl& ssl = openssl();
-  struct Deleter {
-    void operator()(SSL_CTX* context) const noexcept { openssl().SSL_CTX_free(context); }
-  };
-  ssl.ERR_clear_error();
-  std::unique_ptr<SSL_CTX, Deleter> made(ssl.SSL_CTX_new(ssl.TLS_client_method()));
+  ContextPtr made = make_context(ssl.TLS_client_method());
   SSL_CTX* const context = made.get();
-  if (context == nullptr) throw Error(ErrorCode::kNotSupported, "OpenSSL cannot start: " + openssl_error());
-  ssl.SSL_CTX_ctrl(context, SSL_CTRL_SET_MIN_PROTO_VERSION, TLS1_2_VERSION, nullptr);
-  ssl.SSL_CTX_set_options(context, SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION);
-  ssl.SSL_CTX_ctrl(context, SSL_CTRL_MODE,
-                   SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER, nullptr);
-  ssl.SSL_CTX_ctrl(context, SSL_CTRL_SET_READ_AHEAD, 1, nullptr);
-  ssl.SSL_CTX_set_default_read_buffer_len(context, kReadAheadBytes);
-  ssl.SSL_CTX_set_default_passwd_cb(context, no_password);
   ssl.SSL_CTX_set_verify(context, options_.verify ? SSL_VERIFY_PEER : SSL_VERIFY_NONE, nullptr);
   const TlsOptions& with = options_;
   if (with.verify && with.ca_file.empty() && with.ca_dir.empty()) {
@@ -57,15 +43,8 @@ TlsContext::TlsContext(TlsOptions options) : options_(std::move(options)) {
     throw unusable_file("ca_dir", with.ca_dir);
   }
   if (!with.client_cert_file.empty()) {
-    if (ssl.SSL_CTX_use_certificate_chain_file(context, with.client_cert_file.c_str()) != 1) {
-      throw unusable_file("client_cert_file", with.client_cert_file);
-    }
-    const bool together = with.client_key_file.empty();
-    const std::string& key = together ? with.client_cert_file : with.client_key_file;
-    if (ssl.SSL_CTX_use_PrivateKey_file(context, key.c_str(), SSL_FILETYPE_PEM) != 1 ||
-        ssl.SSL_CTX_check_private_key(context) != 1) {
-      throw unusable_file(together ? "client_cert_file" : "client_key_file", key);
-    }
+    use_certificate(context, "client_cert_file", with.client_cert_file, "client_key_file",
+                    with.client_key_file);
   }
   context_ = made.release();
 }
@@ -98,25 +77,8 @@ struct TlsStream::Session {
 
   static int read(BIO* bio, char* to, size_t size, size_t* got);
   static int write(BIO* bio, const char* from, size_t size, size_t* sent);
-  static long control(BIO* bio, int command, long, void*) {
-    (void)bio;
-    return command == BIO_CTRL_FLUSH ? 1 : 0;
-  }
-  static int create(BIO* bio) {
-    openssl().BIO_set_init(bio, 1);
-    return 1;
-  }
   static BIO_METHOD* method() {
-    // Made once and never freed, as the library is never closed.
-    static BIO_METHOD* const made = [] {
-      const OpenSsl& ssl = openssl();
-      BIO_METHOD* fresh = ssl.BIO_meth_new(ssl.BIO_get_new_index() | BIO_TYPE_SOURCE_SINK, "rdmaload socket");
-      ssl.BIO_meth_set_read_ex(fresh, read);
-      ssl.BIO_meth_set_write_ex(fresh, write);
-      ssl.BIO_meth_set_ctrl(fresh, control);
-      ssl.BIO_meth_set_create(fresh, create);
-      return fresh;
-    }();
+    static BIO_METHOD* const made = make_bio_method("rdmaload socket", read, write);
     return made;
   }
 };

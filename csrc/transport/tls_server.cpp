@@ -14,8 +14,6 @@
 namespace rdmaload {
 namespace {
 
-// What one recv may bring: several records of 16 KiB.
-constexpr size_t kReadAheadBytes = 128 << 10;
 constexpr size_t kRecordBytes = 16 << 10;  // of plain text, the most that one may hold
 // Ciphertext that may wait; a record may begin below it. Larger spares system calls and costs memory for each
 // client that is slow.
@@ -25,35 +23,13 @@ constexpr size_t kOutputBytes = 64 << 10;
 
 TlsServerContext::TlsServerContext(const TlsServerOptions& options) {
   const OpenSsl& ssl = openssl();
-  struct Deleter {
-    void operator()(SSL_CTX* context) const noexcept { openssl().SSL_CTX_free(context); }
-  };
-  ssl.ERR_clear_error();
-  std::unique_ptr<SSL_CTX, Deleter> made(ssl.SSL_CTX_new(ssl.TLS_server_method()));
-  SSL_CTX* const context = made.get();
-  if (context == nullptr) throw Error(ErrorCode::kNotSupported, "OpenSSL cannot start: " + openssl_error());
-  ssl.SSL_CTX_ctrl(context, SSL_CTRL_SET_MIN_PROTO_VERSION, TLS1_2_VERSION, nullptr);
-  ssl.SSL_CTX_set_options(context, SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION);
   // The buffers of a connection that is idle are given back: there may be thousands.
-  ssl.SSL_CTX_ctrl(
-      context, SSL_CTRL_MODE,
-      SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER | SSL_MODE_RELEASE_BUFFERS,
-      nullptr);
-  ssl.SSL_CTX_ctrl(context, SSL_CTRL_SET_READ_AHEAD, 1, nullptr);
-  ssl.SSL_CTX_set_default_read_buffer_len(context, kReadAheadBytes);
-  ssl.SSL_CTX_set_default_passwd_cb(context, no_password);
+  ContextPtr made = make_context(ssl.TLS_server_method(), SSL_MODE_RELEASE_BUFFERS);
+  SSL_CTX* const context = made.get();
   // What a resumed session must have in common with the server that began it.
   static constexpr unsigned char kName[] = "rdmaload";
   ssl.SSL_CTX_set_session_id_context(context, kName, sizeof(kName) - 1);
-  if (ssl.SSL_CTX_use_certificate_chain_file(context, options.cert_file.c_str()) != 1) {
-    throw unusable_file("tls_cert", options.cert_file);
-  }
-  const bool together = options.key_file.empty();
-  const std::string& key = together ? options.cert_file : options.key_file;
-  if (ssl.SSL_CTX_use_PrivateKey_file(context, key.c_str(), SSL_FILETYPE_PEM) != 1 ||
-      ssl.SSL_CTX_check_private_key(context) != 1) {
-    throw unusable_file(together ? "tls_cert" : "tls_key", key);
-  }
+  use_certificate(context, "tls_cert", options.cert_file, "tls_key", options.key_file);
   if (!options.client_ca_file.empty()) {
     if (ssl.SSL_CTX_load_verify_file(context, options.client_ca_file.c_str()) != 1) {
       throw unusable_file("tls_client_ca", options.client_ca_file);
@@ -116,22 +92,8 @@ struct TlsServerStream::Session {
     *written = size;
     return 1;
   }
-  static long control(BIO*, int command, long, void*) { return command == BIO_CTRL_FLUSH ? 1 : 0; }
-  static int create(BIO* bio) {
-    openssl().BIO_set_init(bio, 1);
-    return 1;
-  }
   static BIO_METHOD* method() {
-    // Made once and never freed, as the library is never closed.
-    static BIO_METHOD* const made = [] {
-      const OpenSsl& ssl = openssl();
-      BIO_METHOD* fresh = ssl.BIO_meth_new(ssl.BIO_get_new_index() | BIO_TYPE_SOURCE_SINK, "rdmaload server");
-      ssl.BIO_meth_set_read_ex(fresh, read);
-      ssl.BIO_meth_set_write_ex(fresh, write);
-      ssl.BIO_meth_set_ctrl(fresh, control);
-      ssl.BIO_meth_set_create(fresh, create);
-      return fresh;
-    }();
+    static BIO_METHOD* const made = make_bio_method("rdmaload server", read, write);
     return made;
   }
 
