@@ -191,6 +191,7 @@ def test_per_rank(sglang: Sglang, redis: RedisServer, models: Path, own: dict[st
     assert report["world_size"] == 2
     assert report["layout"]["tp"] == 2
     assert report["identity"]["engine"] == "sglang"
+    fetched = _sent(redis)
     answers = sglang.drive(
         [
             ["start", {"model_path": redis.url("sharded"), "tp_size": 2}],
@@ -203,6 +204,8 @@ def test_per_rank(sglang: Sglang, redis: RedisServer, models: Path, own: dict[st
         **two,
     )
     assert answers[1] == answers[3] == own["plain"]
+    # Of 6 MB in either form each rank would fetch its half, and all of the checkpoint; besides, files and manifests.
+    assert _sent(redis) - fetched < 2.5 * sum(path.stat().st_size for path in (models / "plain").iterdir())
     assert answers[5][0] == "LayoutMismatchError"
     assert "tp: saved for 2, here 1" in answers[5][1]
 
@@ -250,6 +253,11 @@ def test_launch_server(
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait(60)
+
+
+def _sent(redis: RedisServer) -> int:
+    """Bytes that the server has sent."""
+    return int(redis.client().info("stats")["total_net_output_bytes"])
 
 
 def _ask(port: int, path: str, body: object, server: subprocess.Popen[bytes], log: Path) -> Any:
