@@ -30,7 +30,7 @@ READY_SECONDS = 30.0
 
 
 def write_bandwidth(card: str, address: str, queue_pairs: int, total_bytes: float) -> float:
-    """GB/s of ib_write_bw, which sleeps for completions as rdmaload does."""
+    """GB/s of ib_write_bw, which polls busily: it has no events for writes."""
     messages = max(5, int(total_bytes / CHUNK_BYTES / queue_pairs))
     command = [
         "ib_write_bw",
