@@ -1,19 +1,21 @@
 """Models loaded by rdmaload give the same tokens in the real vLLM as models loaded by vLLM itself.
 
 Greedy answers of tiny models with random weights: one wrong tensor changes them. Each driver is one process that
-starts several engines and reloads weights, as a start takes most of a minute.
+starts several engines and reloads weights, as imports and workers take longest.
 """
 
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import rdmaload
+from tests.support.fault_proxy import FaultProxy
+from tests.support.faults import Stall
 from tests.support.s3 import moto_s3, s3_url
 from tests.support.servers import RedisServer
 
@@ -40,10 +44,11 @@ def vllm_python() -> str:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def models(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    subprocess.run([vllm_python, HERE / "make_models.py", root], check=True, capture_output=True, timeout=300)
+    for script, *arguments in (("make_models.py", root), ("make_quantised.py", root / "plain", root)):
+        subprocess.run([vllm_python, HERE / script, *arguments], check=True, capture_output=True, timeout=300)
     (root / "untied").mkdir()  # its config says tied, but it has an lm_head of its own
     for path in (root / "tied").iterdir():
         (root / "untied" / path.name).write_bytes(path.read_bytes())
@@ -57,47 +62,96 @@ def models(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+class Driver:
+    """One process with engines, and those that it starts."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+        self._log = log
+        self._output = ""
+        with log.open("w") as stderr:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
+            )
+
+    def output(self) -> str:
+        """All that it prints; it must succeed. No process of it is left behind in any case."""
+        try:
+            output, _ = self.process.communicate(timeout=800)
+        finally:
+            _end_session(self.process.pid)
+            self.process.wait()
+        self._output = output
+        assert self.process.returncode == 0, self.log()[-8000:]
+        return output
+
+    def answers(self) -> list[tuple[str, Any]]:
+        """What each action gave."""
+        lines = self.output().splitlines()
+        return [tuple(json.loads(line[7:])) for line in lines if line.startswith("ANSWER ")]
+
+    def log(self) -> str:
+        """What it has printed to stderr, and to stdout once it has ended."""
+        return self._output + self._log.read_text()
+
+
+def _end_session(leader: int) -> None:
+    """Kill what is left of a session, whatever groups its processes are in."""
+    for pid in _processes(lambda pid: os.getsid(pid) == leader):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _processes(wanted: Callable[[int], bool]) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if wanted(int(entry.name)):
+                    found.append(int(entry.name))
+            except OSError:  # it has ended meanwhile
+                continue
+    return found
+
+
 class Vllm:
     """Runs drivers and commands in vLLM's environment."""
 
     def __init__(self, python: str, scratch: Path) -> None:
         self._python = python
-        self.cache = scratch / "cache"
+        self._scratch = scratch
+        self._number = itertools.count()
         self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "PYTHONPATH"))},
             "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "RDMALOAD_CACHE_DIR": str(self.cache),
+            "RDMALOAD_CACHE_DIR": str(scratch / "cache"),
         }
 
     def environment(self, **more: str) -> dict[str, str]:
         return {**self._environment, **more}
 
+    def start(self, actions: list[list[Any]], **environment: str) -> Driver:
+        return self._start([str(HERE / "vllm_driver.py"), json.dumps(actions)], environment)
+
     def drive(self, actions: list[list[Any]], **environment: str) -> list[Any]:
         """What each action gave."""
-        output = self.run(str(HERE / "vllm_driver.py"), json.dumps(actions), **environment)
-        answers = [json.loads(line[7:]) for line in output.splitlines() if line.startswith("ANSWER ")]
+        answers = self.start(actions, **environment).answers()
         assert [action for action, _ in answers] == [action for action, *_ in actions]
         return [answer for _, answer in answers]
 
     def run(self, *arguments: str, **environment: str) -> str:
         """What a command printed to stdout; it must succeed."""
-        done = subprocess.run(
-            [self._python, *arguments],
-            env=self.environment(**environment),
-            capture_output=True,
-            text=True,
-            timeout=800,
-        )
-        assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
-        return done.stdout
+        return self._start(list(arguments), environment).output()
+
+    def _start(self, arguments: list[str], environment: dict[str, str]) -> Driver:
+        log = self._scratch / f"log{next(self._number)}"
+        return Driver([self._python, *arguments], self.environment(**environment), log)
 
 
-@pytest.fixture
-def vllm(vllm_python: str, tmp_path: Path) -> Vllm:
-    return Vllm(vllm_python, tmp_path)
+@pytest.fixture(scope="module")
+def vllm(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Vllm:
+    return Vllm(vllm_python, tmp_path_factory.mktemp("vllm"))
 
 
 @pytest.fixture(scope="module")
@@ -106,26 +160,36 @@ def redis() -> Iterator[RedisServer]:
         yield server
 
 
-def test_one_rank(vllm: Vllm, redis: RedisServer, models: Path) -> None:
+@pytest.fixture(scope="module")
+def own(vllm: Vllm, models: Path) -> dict[str, list[list[int]]]:
+    """The tokens of each model from vLLM's own loader, without our plug-in; "other" is reloaded over "plain"."""
+    names = ["plain", "tied", "untied", "int8", "gptq"]
+    actions: list[list[Any]] = []
+    for name in names:
+        actions += [["start", {"model": str(models / name)}], ["generate"]]
+        actions += [["reload", str(models / "other")], ["generate"]] if name == "plain" else []
+        actions += [["stop"]]
+    answers = vllm.drive(actions, RDMALOAD_VLLM_PLUGIN="0")
+    tokens = dict(zip(["plain", "other", *names[1:]], _tokens(answers), strict=True))
+    assert len({json.dumps(each) for each in tokens.values()}) == len(tokens)
+    return tokens
+
+
+def _tokens(answers: list[Any]) -> list[Any]:
+    return [answer for answer in answers if isinstance(answer, list) and isinstance(answer[0], list)]
+
+
+def _loads(*starts: Any) -> list[list[Any]]:
+    """Actions: an engine for each of these urls (or arguments), its tokens, its end."""
+    actions: list[list[Any]] = []
+    for start in starts:
+        actions += [["start", start if isinstance(start, dict) else {"model": start}], ["generate"], ["stop"]]
+    return actions
+
+
+def test_one_rank(vllm: Vllm, redis: RedisServer, models: Path, own: dict[str, Any]) -> None:
     """From Redis, S3 and a directory, by reload, sharded, with tied embeddings; and a model that is not ours."""
     plain, other = str(models / "plain"), str(models / "other")
-    own = vllm.drive(
-        [
-            ["start", {"model": plain}],
-            ["generate"],
-            ["reload", other],
-            ["generate"],
-            ["stop"],
-            ["start", {"model": str(models / "tied")}],
-            ["generate"],
-            ["stop"],
-            ["start", {"model": str(models / "untied")}],
-            ["generate"],
-        ],
-        RDMALOAD_VLLM_PLUGIN="0",
-    )
-    of_plain, of_other, of_tied, of_untied = own[1], own[3], own[6], own[9]
-    assert len({json.dumps(tokens) for tokens in (of_plain, of_other, of_tied, of_untied)}) == 4
     for name in ("plain", "other", "tied", "untied"):
         rdmaload.save(models / name, redis.url(name))
     with moto_s3("bucket") as endpoint:
@@ -133,9 +197,7 @@ def test_one_rank(vllm: Vllm, redis: RedisServer, models: Path) -> None:
         rdmaload.save(plain, s3)
         answers = vllm.drive(
             [
-                ["start", {"model": plain}],
-                ["generate"],
-                ["stop"],
+                *_loads(plain),
                 ["start", {"model": redis.url("plain")}],
                 ["generate"],
                 ["reload", redis.url("other")],
@@ -145,26 +207,11 @@ def test_one_rank(vllm: Vllm, redis: RedisServer, models: Path) -> None:
                 ["reload", other],
                 ["generate"],
                 ["stop"],
-                ["start", {"model": s3, "load_format": "rdmaload"}],
-                ["generate"],
-                ["stop"],
-                ["start", {"model": plain, "load_format": "rdmaload"}],
-                ["generate"],
-                ["stop"],
-                ["start", {"model": redis.url("tied")}],
-                ["generate"],
-                ["stop"],
-                ["start", {"model": redis.url("untied")}],
-                ["generate"],
-                ["stop"],
+                *_loads({"model": s3, "load_format": "rdmaload"}, {"model": plain, "load_format": "rdmaload"}),
+                *_loads(redis.url("tied"), redis.url("untied")),
                 ["save", {"model": redis.url("untied"), "url": redis.url("untied-1")}],
                 ["save", {"model": str(models / "tied"), "url": redis.url("tied-1")}],
-                ["start", {"model": redis.url("untied-1")}],
-                ["generate"],
-                ["stop"],
-                ["start", {"model": redis.url("tied-1")}],
-                ["generate"],
-                ["stop"],
+                *_loads(redis.url("untied-1"), redis.url("tied-1")),
                 ["refused", {"model": redis.url("tied-1"), "dtype": "float32"}],
                 ["refused", {"model": redis.url("plain"), "model_loader_extra_config": {"conections": 2}}],
                 ["refused", {"model": redis.url("nothing")}],
@@ -174,20 +221,36 @@ def test_one_rank(vllm: Vllm, redis: RedisServer, models: Path) -> None:
     assert answers[0]["model"] == answers[0]["served"] == plain
     assert answers[3]["served"] == redis.url("plain")
     assert answers[12]["served"] == "s3://bucket/plain"
-    tokens = [answer for answer in answers if isinstance(answer, list) and isinstance(answer[0], list)]
-    assert tokens == [
-        *(of_plain, of_plain, of_other, of_plain, of_other),
-        *(of_plain, of_plain, of_tied, of_untied, of_untied, of_tied),
-    ]
+    expected = ["plain", "plain", "other", "plain", "other", "plain", "plain", "tied", "untied", "untied", "tied"]
+    assert _tokens(answers) == [own[name] for name in expected]
     assert answers[-3][0] == "LayoutMismatchError"
     assert "dtype: saved for bfloat16, here float32" in answers[-3][1]
     assert "unknown option conections for load format rdmaload: did you mean connections?" in answers[-2][1]
     assert answers[-1][0] == "NotFoundError"
 
 
+def test_quantised(vllm: Vllm, redis: RedisServer, models: Path, own: dict[str, Any]) -> None:
+    """Weights that vLLM repacks for its kernels, with their scales: as a checkpoint, and as a rank has saved them."""
+    for name in ("int8", "gptq"):
+        rdmaload.save(models / name, redis.url(name))
+    answers = vllm.drive(
+        [
+            *_loads(redis.url("int8"), redis.url("gptq")),
+            ["save", {"model": redis.url("int8"), "url": redis.url("int8-1")}],
+            ["save", {"model": redis.url("gptq"), "url": redis.url("gptq-1")}],
+            *_loads(redis.url("int8-1"), redis.url("gptq-1")),
+        ]
+    )
+    assert _tokens(answers) == [own["int8"], own["gptq"]] * 2
+    with rdmaload.open(redis.url("int8-1")) as model:
+        assert model.manifest is not None
+        assert model.manifest.identity["quantization"] == "compressed-tensors"
+        assert str(model.rank_tensors(0)["model.layers.0.mlp.down_proj.weight"].dtype) == "I8"
+
+
 def test_two_ranks(vllm: Vllm, redis: RedisServer, models: Path) -> None:
-    """Saved per rank by the command line, loaded per rank; and the whole checkpoint on every rank, also by reload."""
-    plain, other = str(models / "plain"), str(models / "other")
+    """Saved per rank by the command line, loaded per rank; and a whole checkpoint that both ranks fetch once."""
+    plain, other = models / "plain", models / "other"
     rdmaload.save(plain, redis.url("two-plain"))
     rdmaload.save(other, redis.url("two-other"))
     small = ["--engine-arg", "dtype=bfloat16", "--engine-arg", "max_model_len=128"]
@@ -201,31 +264,75 @@ def test_two_ranks(vllm: Vllm, redis: RedisServer, models: Path) -> None:
     assert report["world_size"] == 2
     assert report["layout"] == {"tp": 2, "pp": 1, "ep": 1}
     assert report["identity"]["engine"] == "vllm"
+    sent = ["sent_bytes", redis.url("")]
     answers = vllm.drive(
         [
-            ["start", {"model": plain, **TWO_RANKS}],
-            ["generate"],
-            ["stop"],
-            ["start", {"model": redis.url("sharded"), **TWO_RANKS}],
-            ["generate"],
-            ["stop"],
+            *_loads({"model": str(plain), **TWO_RANKS}, {"model": redis.url("sharded"), **TWO_RANKS}),
+            sent,
             ["start", {"model": redis.url("two-other"), **TWO_RANKS}],
+            sent,
             ["reload", redis.url("two-plain")],
+            sent,
             ["generate"],
             ["stop"],
             ["refused", {"model": redis.url("sharded")}],
         ],
         **WITH_WORKERS,
     )
-    assert answers[1] == answers[4] == answers[8]
-    assert answers[10][0] == "LayoutMismatchError"
-    assert "tp: saved for 2, here 1" in answers[10][1]
+    tokens = _tokens(answers)
+    assert len(tokens) == 3
+    assert tokens[1:] == [tokens[0]] * 2
+    counts = [answer for answer in answers if isinstance(answer, int)]
+    size = sum(path.stat().st_size for path in other.glob("*.safetensors"))
+    for before, after in itertools.pairwise(counts):
+        assert size < after - before < 1.3 * size  # configuration, tokenizer and indexes come on top
+    assert answers[-1][0] == "LayoutMismatchError"
+    assert "tp: saved for 2, here 1" in answers[-1][1]
 
 
-def test_serve(vllm: Vllm, vllm_python: str, redis: RedisServer, models: Path, tmp_path: Path) -> None:
+def test_a_rank_killed_while_both_read(vllm: Vllm, redis: RedisServer, models: Path) -> None:
+    """The store stalls in the middle, one rank is killed: the start fails clearly, and nothing is left of it."""
+    rdmaload.save(models / "plain", redis.url("stalled"), chunk_bytes=64 << 10)
+    with FaultProxy(redis.host, redis.port, Stall(after=300_000)) as proxy:
+        options = {"connections": 1, "window_bytes": 1 << 20}
+        driver = vllm.start(
+            [
+                ["refused", {"model": proxy.url("stalled"), "model_loader_extra_config": options, **TWO_RANKS}],
+                ["left_behind"],
+            ],
+            **WITH_WORKERS,
+        )
+        try:
+            os.kill(_worker(driver, "VLLM::Worker_TP1", proxy), signal.SIGKILL)
+        except BaseException:
+            _end_session(driver.process.pid)
+            raise
+        (_, (kind, text)), (_, left) = driver.answers()
+    log = driver.log()
+    assert re.search(r"UnavailableError: redis://\S+ member 1 of node group 'vllm-\w+'.* has ended", log), log[-6000:]
+    assert kind == "RuntimeError", text  # vLLM's, which says no more than that a worker has failed
+    assert left == []
+    assert "@rdmaload-" not in Path("/proc/net/unix").read_text()
+
+
+def _worker(driver: Driver, name: str, proxy: FaultProxy) -> int:
+    """The worker of that name, once the store has stalled: then the ranks have met, and one of them reads."""
+    deadline = time.monotonic() + 300
+    while not proxy.fired:
+        assert driver.process.poll() is None, driver.log()[-5000:]
+        assert time.monotonic() < deadline, driver.log()[-5000:]
+        time.sleep(0.05)
+    (worker,) = _processes(
+        lambda pid: os.getsid(pid) == driver.process.pid and name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
+    return worker
+
+
+def test_serve(
+    vllm: Vllm, vllm_python: str, redis: RedisServer, models: Path, tmp_path: Path, own: dict[str, Any]
+) -> None:
     """`vllm serve redis://...`, asked over HTTP."""
     rdmaload.save(models / "plain", redis.url("served"))
-    own = vllm.drive([["start", {"model": str(models / "plain")}], ["generate"]])[1][0]
     socket_path = tmp_path / "http.sock"
     log = (tmp_path / "log").open("w")
     command = [str(Path(vllm_python).parent / "vllm"), "serve", redis.url("served"), "--uds", str(socket_path)]
@@ -242,15 +349,14 @@ def test_serve(vllm: Vllm, vllm_python: str, redis: RedisServer, models: Path, t
         assert name == redis.url("served")
         request = {"model": name, "prompt": "hello world", "max_tokens": 16, "temperature": 0, "return_token_ids": True}
         answer = _ask(socket_path, "/v1/completions", request, server, tmp_path / "log")
-        assert answer["choices"][0]["token_ids"] == own
+        assert answer["choices"][0]["token_ids"] == own["plain"][0]
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        server.terminate()
         try:
             server.wait(60)
         finally:
-            if server.poll() is None:
-                os.killpg(server.pid, signal.SIGKILL)
-                server.wait(60)
+            _end_session(server.pid)
+            server.wait(60)
             log.close()
 
 

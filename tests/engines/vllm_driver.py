@@ -7,15 +7,20 @@ generate  the tokens of the greedy answers to fixed prompts
 reload    other weights into the running engine, by its own reload_weights
 save      the weights of one rank, by save_sharded in this process
 refused   start, which must fail; the type of the error and its text
+sent_bytes   what a Redis has sent to anybody so far
+left_behind  the processes that an engine has left, and the descriptors of shared memory in this one
 stop      the engine's end
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import sys
+import time
+from pathlib import Path
 
 PROMPTS = ["hello world", "the quick brown", "0123", "lazy dog jumps over"]
 
@@ -28,7 +33,27 @@ SMALL = {
 }
 
 
+def left_behind():
+    """Waits a while for processes that are ending."""
+    deadline = time.monotonic() + 30
+    while True:
+        left = []
+        for entry in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                command = Path(f"/proc/{entry}/cmdline").read_bytes().decode()  # of one that has ended it is empty
+                if os.getsid(int(entry)) == os.getsid(0) and int(entry) != os.getpid() and command:
+                    left.append(command)
+        left = [command for command in left if "resource_tracker" not in command]  # Python's, as long as this process
+        for descriptor in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+                left += [link for link in [os.readlink(f"/proc/self/fd/{descriptor}")] if "memfd:rdmaload" in link]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.1)
+
+
 def run(actions):
+    import redis
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -63,6 +88,12 @@ def run(actions):
             save_sharded(**arguments[0], engine_args={**small, "distributed_executor_backend": "uni"})
             gc.collect()
             cleanup_dist_env_and_memory()
+        elif action == "sent_bytes":
+            with redis.Redis.from_url(arguments[0]) as client:
+                answer = client.info("stats")["total_net_output_bytes"]
+        elif action == "left_behind":
+            gc.collect()
+            answer = left_behind()
         elif action == "stop":
             del llm
             llm = None
