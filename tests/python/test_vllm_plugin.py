@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import shutil
 import sys
 import types
@@ -199,6 +200,27 @@ def test_another_node_makes_its_own_directory(vllm: FakeVllm, url: str, monkeypa
     vllm.loader().load_model(vllm_config=None, model_config=config, prefix="")
     assert config.model == made
     assert (Path(made) / "config.json").is_file()
+
+
+def test_what_workers_are_sent_can_be_pickled(
+    vllm: FakeVllm, url: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers of another process or node get the finished configuration, and errors of the rank that pins."""
+    arguments = vllm.arg_utils.EngineArgs(model=url, model_loader_extra_config={"connections": 2})
+    config = arguments.create_engine_config()
+    for each in (arguments, config, config.load_config):
+        assert pickle.loads(pickle.dumps(vars(each))) == vars(each)
+        for name, value in vars(each).items():  # nothing of ours, which a worker might have to import first
+            assert not type(value).__module__.startswith("rdmaload"), name
+    failed = Group(0, 2)
+    vllm.set_ranks(tp=failed)
+    config = vllm.arg_utils.ModelConfig(str(checkpoint))
+    config.model = f"memory://{tmp_path.name}/nothing"
+    with pytest.raises(NotFoundError) as raised:
+        list(vllm.loader().get_all_weights(config, Layers()))
+    received = pickle.loads(pickle.dumps(failed.first))
+    assert type(received) is NotFoundError
+    assert (str(received), received.url, received.key) == (str(raised.value), raised.value.url, raised.value.key)
 
 
 # ---- options -----------------------------------------------------------------------------------
