@@ -43,7 +43,6 @@ def write_bandwidth(card: str, address: str, queue_pairs: int, total_bytes: floa
         "-q",
         str(queue_pairs),
         "-F",
-        "-e",
     ]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
