@@ -128,7 +128,7 @@ py::tuple describe(const ReadTrace& read) {
 }  // namespace
 
 void register_loader(py::module_& module) {
-  py::class_<Rows>(module, "Rows")
+  py::class_<Rows>(module, "_Rows")  // to Python's side an Iterator, as _core.pyi says
       .def("__iter__", [](Rows& self) -> Rows& { return self; })
       .def("__next__", &Rows::next)
       .def("__length_hint__", &Rows::left);
