@@ -50,9 +50,11 @@ class ValkeyLane final : public Lane {
       if (read->owner->cancelled()) {
         complete(*read, Status(ErrorCode::kCancelled, "the read was cancelled"));
       } else if (read->device_fill != nullptr) {
-        complete(*read,
-                 Status(ErrorCode::kNotSupported,
-                        "the replies of a Valkey bring their framing, which is taken off in host memory"));
+        complete(
+            *read,
+            Status(ErrorCode::kNotSupported,
+                   "the replies of a Valkey bring their framing, which is taken off in host memory: every "
+                   "value is staged there and copied"));
       } else if (!suits(read->length)) {  // came after the worker had looked: for a longer window
         if (!queue.push(*read, Clock::time_point::min())) {
           complete(*read, Status(ErrorCode::kCancelled, "the transport was closed"));
@@ -104,7 +106,7 @@ class ValkeyLane final : public Lane {
   void fail_all(const Status& first) noexcept override {
     if (armed_) put_back(kept_);
     armed_ = false;
-    // A value that had arrived before the reply that never came is as good as any.
+    // A value that had arrived before the reply that never came is as good as any, now that its end is.
     while (arrived_ > 0) finish_front();
     settle();
     std::deque<Entry> entries;
@@ -164,6 +166,8 @@ class ValkeyLane final : public Lane {
   // its request is not sent yet: what is queued is flushed after this).
   void arm() {
     Entry& entry = entries_[arrived_];
+    armed_ = true;  // first: what is kept is put back even if announcing fails halfway
+    seen_ = 0;
     kept_.size = entry.step.kept_bytes;
     if (entry.step.direct) {
       if (kept_.size > 0) {
@@ -182,8 +186,6 @@ class ValkeyLane final : public Lane {
       window_ = session_->slot(entry.slot).data();
       session_->announce_slot(entry.slot);
     }
-    armed_ = true;
-    seen_ = 0;
   }
 
   // Looks at what has come of the reply in the window; true when that was new.
@@ -327,25 +329,24 @@ class ValkeyLane final : public Lane {
                                              " bytes, expected " + std::to_string(read.length));
   }
 
-  // The reply is whole. The next window is announced first, so that the server goes on; then what this one's
-  // header lay over is put back, and what is complete now is finished.
+  // The reply is whole. What its header lay over is put back before anything that may fail: from here on its
+  // neighbour counts as arrived. Then the next window is announced, so that the server goes on while what is
+  // complete now is finished.
   void arrive() {
-    const Entry& entry = entries_[arrived_];
-    const bool direct = entry.step.direct;
-    session_->channel().answered(entry.position);
-    const Kept kept = kept_;
+    session_->channel().answered(entries_[arrived_].position);
+    put_back(kept_);
     ++arrived_;
     armed_ = false;
     if (arrived_ < sent_) arm();
-    if (direct) put_back(kept);
     const size_t finished = arrived_ - (entries_[arrived_ - 1].step.ends_after_next ? 1 : 0);
     for (size_t i = 0; i < finished; ++i) finish_front();
   }
 
-  void put_back(const Kept& kept) noexcept {
+  void put_back(Kept& kept) noexcept {
     if (kept.size == 0) return;
     std::memcpy(kept.place, kept.bytes.data(), kept.size);
     kept.read->copied_bytes += kept.size;
+    kept.size = 0;
   }
 
   void finish_front() noexcept {

@@ -197,7 +197,8 @@ struct FakeFaults {
   uint64_t memlock_bytes = UINT64_MAX;  // more cannot be registered
   bool dmabuf = true;                   // register_dmabuf works; else kNotSupported
   size_t inline_bytes = 64;
-  bool windows = true;  // make_window works; else null
+  size_t fail_client_post = 0;  // the so-many-th next send or write of a client cannot be posted; 0: none
+  bool windows = true;          // make_window works; else null
   // Writes that are some device's matter: true when it has taken one.
   std::function<bool(uint64_t to, const void* from, size_t bytes)> device_write;
 };
@@ -207,6 +208,7 @@ class FakeNetwork final : public Fabric {
   std::unique_ptr<QueuePair> resolve(const Remote& remote, Deadline, const GiveUp&) override {
     const std::lock_guard lock(mutex_);
     if (faults_.no_device) throw Error(ErrorCode::kNotSupported, "this machine has no RDMA device");
+    near_ = remote.near;
     auto domain = remote.domain != nullptr ? std::dynamic_pointer_cast<FakeDomain>(remote.domain)
                                            : std::make_shared<FakeDomain>(*this);
     return std::make_unique<FakeQueuePair>(*this, std::move(domain), true,
@@ -264,6 +266,14 @@ class FakeNetwork final : public Fabric {
     const std::lock_guard lock(mutex_);
     return registered_bytes_;
   }
+  uint64_t registrations() const {  // that there are
+    const std::lock_guard lock(mutex_);
+    return registrations_;
+  }
+  std::string near() const {  // what the last connection was to be near to
+    const std::lock_guard lock(mutex_);
+    return near_;
+  }
   uint64_t refused_writes() const {  // by keys, rights or ranges
     const std::lock_guard lock(mutex_);
     return refused_writes_;
@@ -291,6 +301,8 @@ class FakeNetwork final : public Fabric {
   int next_port_ = 20000;
   uint32_t next_key_ = 0x100;
   uint64_t registered_bytes_ = 0;
+  uint64_t registrations_ = 0;
+  std::string near_;
   uint64_t refused_writes_ = 0;
   uint64_t delivered_writes_ = 0;
   std::map<int, FakeListener*> listeners_;
@@ -302,6 +314,7 @@ inline FakeRegion::~FakeRegion() {
   const std::lock_guard lock(network.mutex_);
   domain_->regions_.erase(this);
   network.registered_bytes_ -= bytes();
+  --network.registrations_;
 }
 
 inline std::unique_ptr<MemoryRegion> FakeDomain::add(uint64_t address, uint64_t bytes, Access access) {
@@ -316,6 +329,7 @@ inline std::unique_ptr<MemoryRegion> FakeDomain::add(uint64_t address, uint64_t 
                                              address, bytes, network_.next_key_, access);
   network_.next_key_ += 2;
   network_.registered_bytes_ += bytes;
+  ++network_.registrations_;
   regions_.insert(region.get());
   return region;
 }
@@ -399,6 +413,9 @@ inline void FakeQueuePair::post(FakeRequest request) {
   const std::lock_guard lock(network_.mutex_);
   if (state_ != State::kEstablished) throw Error(ErrorCode::kUnavailable, "not connected: " + lost_reason_);
   if (ledger_.room() == 0) throw Error(ErrorCode::kInvalid, "the send queue is full");
+  if (size_t& nth = network_.faults_.fail_client_post; client_ && nth > 0 && --nth == 0) {
+    throw Error(ErrorCode::kUnavailable, "posting a send: Input/output error");
+  }
   if (!request.key) {
     if (request.size > network_.faults_.inline_bytes)
       throw Error(ErrorCode::kInvalid, "too long to be inlined");

@@ -433,6 +433,36 @@ TEST_CASE("a read that has failed on a Valkey is not written to by what comes la
   CHECK(server.connections() == 1);
 }
 
+TEST_CASE("what arrived from a Valkey is whole although the connection fails while it goes on") {
+  for (size_t nth = 1; nth <= 40; ++nth) {
+    CAPTURE(nth);
+    FakeNetwork network;
+    RdmaServer::Options server_options;
+    server_options.ours = false;
+    RdmaServer server(network, server_options);
+    RecordingOwner owner;
+    Model model(5'000, 24, 5'000, owner);
+    model.put_into(server);
+    for (const auto& read : model.reads) read->checksum = false;  // so that nothing else finds a wrong byte
+    RdmaTransport transport(options_for(network, server.port()));
+    std::atomic<size_t> done{0}, failed{0};
+    owner.then([&](Read& read, const Status& status) {
+      if (status.ok()) {
+        if (++done == 1) network.set([&](FakeFaults& faults) { faults.fail_client_post = nth; });
+      } else {
+        ++failed;
+        transport.submit(read);
+      }
+    });
+    const std::span<std::byte> destination = model.destination();
+    auto lease = transport.prepare({&destination, 1});
+    for (const auto& read : model.reads) transport.submit(*read);
+    while (done < model.reads.size()) REQUIRE(owner.wait_for(owner.count() + 1));
+    CHECK(model.is_complete());
+    if (nth < 10) CHECK(failed > 0);  // else there may be no such post
+  }
+}
+
 // Takes over as TCP would. Before it completes anything, everything that the RDMA server ever posted is
 // delivered: the latest moment at which it could do harm.
 class LateTcp final : public Transport {
