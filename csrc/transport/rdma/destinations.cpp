@@ -29,7 +29,31 @@ std::span<std::byte> allocation_of(const Device& device, std::span<std::byte> me
   return {memory.data() - (reinterpret_cast<uintptr_t>(memory.data()) - found->first), found->second};
 }
 
+std::byte* end_of(std::span<std::byte> memory) { return memory.data() + memory.size(); }
+
+// From the first byte of one to the end of whichever ends last; `next` begins no earlier.
+std::span<std::byte> joined(std::span<std::byte> memory, std::span<std::byte> next) {
+  return {memory.data(), static_cast<size_t>(std::max(end_of(memory), end_of(next)) - memory.data())};
+}
+
 }  // namespace
+
+void Destinations::Slab::grow(std::span<std::byte> block) {
+  memory = joined(memory, block);
+  if (block.data() <= end_of(blocks.back())) {
+    blocks.back() = joined(blocks.back(), block);
+  } else {
+    blocks.push_back(block);
+  }
+}
+
+bool Destinations::Slab::holds(std::byte* data) const {
+  if (data >= end_of(memory)) return false;
+  if (blocks.empty()) return true;
+  const auto after = std::upper_bound(blocks.begin(), blocks.end(), data,
+                                      [](std::byte* at, const auto& block) { return at < block.data(); });
+  return after != blocks.begin() && data < end_of(*std::prev(after));
+}
 
 std::shared_ptr<void> Destinations::add(std::span<const std::span<std::byte>> blocks) {
   std::vector<std::shared_ptr<Slab>> added;
@@ -46,30 +70,35 @@ std::shared_ptr<void> Destinations::add(std::span<const std::span<std::byte>> bl
 
 std::shared_ptr<void> Destinations::add(Device& device, std::span<const std::span<std::byte>> blocks) {
   std::vector<std::span<std::byte>> sorted(blocks.begin(), blocks.end());
+  std::erase_if(sorted, [](const auto& block) { return block.empty(); });
   std::sort(sorted.begin(), sorted.end(),
             [](const auto& a, const auto& b) { return std::less<>()(a.data(), b.data()); });
   std::vector<std::shared_ptr<Slab>> added;
   std::span<std::byte> allocation;  // that the last slab lies in
   for (std::span<std::byte> block : sorted) {
     while (!block.empty()) {
-      const std::byte* end =
-          added.empty() ? nullptr : added.back()->memory.data() + added.back()->memory.size();
-      if (block.data() == end && end < allocation.data() + allocation.size()) {
-        std::span<std::byte>& memory = added.back()->memory;
-        const auto room = static_cast<size_t>(allocation.data() + allocation.size() - end);
-        const size_t taken = std::min({block.size(), room, static_cast<size_t>(slab_bytes_) - memory.size()});
-        memory = {memory.data(), memory.size() + taken};
-        block = block.subspan(taken);
-        if (taken > 0) continue;
+      std::span<std::byte> piece;
+      if (!added.empty() && block.data() < end_of(allocation)) {
+        // Grows the last slab over the block, and over the gap before it.
+        Slab& last = *added.back();
+        std::byte* const end =
+            std::min({end_of(block), end_of(allocation), last.memory.data() + slab_bytes_});
+        if (block.data() <= end_of(last.memory) + kBridgedBytes && block.data() < end) {
+          piece = block.first(static_cast<size_t>(end - block.data()));
+          last.grow(piece);
+        }
       }
-      allocation = allocation_of(device, block);
-      auto slab = std::make_shared<Slab>();
-      slab->device = &device;
-      slab->memory = block.first(
-          std::min<uint64_t>({block.size(), slab_bytes_,
-                              static_cast<uint64_t>(allocation.data() + allocation.size() - block.data())}));
-      block = block.subspan(slab->memory.size());
-      added.push_back(std::move(slab));
+      if (piece.empty()) {
+        allocation = allocation_of(device, block);
+        piece = block.first(std::min<uint64_t>(
+            {block.size(), slab_bytes_, static_cast<uint64_t>(end_of(allocation) - block.data())}));
+        auto slab = std::make_shared<Slab>();
+        slab->device = &device;
+        slab->memory = piece;
+        slab->blocks = {piece};
+        added.push_back(std::move(slab));
+      }
+      block = block.subspan(piece.size());
     }
   }
   return add_slabs(std::move(added));
@@ -79,7 +108,10 @@ std::shared_ptr<void> Destinations::add_slabs(std::vector<std::shared_ptr<Slab>>
   auto lease = std::make_shared<Lease>(shared_from_this(), added);
   std::lock_guard lock(mutex_);
   if (!revoked_) {
-    for (const auto& slab : added) slabs_.emplace(slab->memory.data(), slab);
+    for (const auto& slab : added) {
+      slabs_.emplace(slab->memory.data(), slab);
+      longest_bytes_ = std::max(longest_bytes_, slab->memory.size());
+    }
   }
   return lease;
 }
@@ -110,9 +142,11 @@ Destinations::Found Destinations::find(std::span<std::byte> wanted,
   {
     std::lock_guard lock(mutex_);
     const auto next = slabs_.upper_bound(wanted.data());
-    if (next != slabs_.begin()) {
-      const auto& candidate = std::prev(next)->second;
-      if (wanted.data() < candidate->memory.data() + candidate->memory.size()) slab = candidate;
+    // Those of two loads may overlap, so the last that begins before need not be the one.
+    for (auto at = next; at != slabs_.begin() && slab == nullptr;) {
+      const auto& candidate = (--at)->second;
+      if (candidate->holds(wanted.data())) slab = candidate;
+      if (static_cast<size_t>(wanted.data() - candidate->memory.data()) >= longest_bytes_) break;
     }
     if (slab == nullptr) {
       // Not registered as far as the next slab, if that begins within what is asked for.

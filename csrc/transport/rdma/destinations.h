@@ -21,6 +21,10 @@ namespace rdmaload::rdma {
 
 // Below a page, copying is cheaper than registering.
 constexpr size_t kLeastRegisteredBytes = 4096;
+// Between two blocks of one allocation of a GPU: a gap up to this is registered with them. An allocator as
+// torch's cuts its allocations into tensors with a little space between; a gap as large as an allocation for
+// small tensors is somebody else's.
+constexpr size_t kBridgedBytes = size_t{2} << 20;
 
 class Destinations : public std::enable_shared_from_this<Destinations> {
  public:
@@ -29,7 +33,8 @@ class Destinations : public std::enable_shared_from_this<Destinations> {
   // Deregistered when the result is destroyed. The memory outlives it.
   std::shared_ptr<void> add(std::span<const std::span<std::byte>> blocks);
   // The same of memory of a GPU, which is registered whatever its size: it has no other way to be written
-  // directly. Blocks that touch each other and lie in one allocation are registered as one.
+  // directly. Blocks in one allocation that lie near each other are registered as one, with what is between
+  // them: thousands of small tensors are one registration.
   std::shared_ptr<void> add(Device& device, std::span<const std::span<std::byte>> blocks);
 
   // What is known of the bytes at `data`.
@@ -56,8 +61,14 @@ class Destinations : public std::enable_shared_from_this<Destinations> {
 
  private:
   struct Slab {
+    // Whether `data`, which is not before it, is of what it was added for: what lies between the blocks of a
+    // GPU's may be another's, whose registration is not to end with this one.
+    bool holds(std::byte* data) const;
+    void grow(std::span<std::byte> block);  // one of the same allocation that begins no earlier
+
     std::span<std::byte> memory;
-    Device* device = nullptr;  // whose memory it is; null: the host's
+    std::vector<std::span<std::byte>> blocks;  // of a GPU: in order, apart from each other
+    Device* device = nullptr;                  // whose memory it is; null: the host's
     std::mutex mutex;
     bool tried = false;                        // Guarded by mutex, as the next.
     std::optional<Registration> registration;  // none: staged
@@ -69,6 +80,7 @@ class Destinations : public std::enable_shared_from_this<Destinations> {
   const uint64_t slab_bytes_;
   mutable std::mutex mutex_;
   std::multimap<std::byte*, std::shared_ptr<Slab>> slabs_;  // Guarded by mutex_, as all below. By address.
+  size_t longest_bytes_ = 0;                                // of any slab there ever was
   bool revoked_ = false;
   std::string reason_;
   std::string device_reason_;

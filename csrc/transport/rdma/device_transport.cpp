@@ -28,10 +28,14 @@ class DeviceTransport::OwnerProxy final : public ReadOwner {
   OwnerProxy(DeviceTransport& transport, const ReadOwner& owner) : transport_(transport), owner_(owner) {}
   void complete(Read& read, const Status& status) noexcept override;
   bool cancelled() const noexcept override { return transport_.stopping_ || owner_.cancelled(); }
+  // cancel() came for it. Unlike cancelled(), to be asked when its reads may be done and the owner gone.
+  bool was_given_up() const noexcept { return transport_.stopping_ || given_up_; }
+  void give_up() noexcept { given_up_ = true; }
 
  private:
   DeviceTransport& transport_;
   const ReadOwner& owner_;  // alive while a read of it is outstanding
+  std::atomic<bool> given_up_{false};
 };
 
 // The network's read for one of ours.
@@ -146,7 +150,11 @@ void DeviceTransport::cancel(const ReadOwner& owner) {
       if (entry->outer->owner == &owner) removed.push_back(std::move(entry));
     }
     std::erase(waiting_, nullptr);
-    if (const auto found = proxies_.find(&owner); found != proxies_.end()) proxy = found->second.lock();
+    if (const auto found = proxies_.find(&owner); found != proxies_.end()) {
+      proxy = found->second.lock();
+      proxies_.erase(found);  // another owner may get its address
+    }
+    if (proxy) proxy->give_up();
   }
   for (auto& entry : removed) complete(std::move(entry), cancelled_status());
   if (proxy) network_->cancel(*proxy);
@@ -271,7 +279,7 @@ void DeviceTransport::work() {
       lock.unlock();
       for (const auto& [entry, proxy] : begun) {
         network_->submit(*entry, entry->not_before);
-        if (proxy->cancelled()) network_->cancel(*proxy);  // whoever cancelled may have come before
+        if (proxy->was_given_up()) network_->cancel(*proxy);  // whoever cancelled may have come before
       }
       begun.clear();
       for (auto& entry : failed) complete(std::move(entry), gates);
