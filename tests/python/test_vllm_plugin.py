@@ -381,6 +381,20 @@ def test_ranks_save_and_load_their_state(vllm: FakeVllm, url: str, tmp_path: Pat
         list(vllm.loader().get_all_weights(config, Layers()))
 
 
+def test_a_save_that_has_a_name_waits_for_no_rank(
+    vllm: FakeVllm, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank may have failed to load meanwhile, and would never come to agree on anything."""
+    monkeypatch.setattr(Ranks, "agree", lambda *_, **__: pytest.fail("it waits"))
+    target = f"memory://{tmp_path.name}/sharded"
+    config = _started(vllm, url)
+    for rank in range(2):
+        vllm.set_ranks(tp=Group(rank, 2))
+        vllm.loader(save_to=target, save_id="mine", read_once="off").load_weights(Layers(), config)
+    with rdmaload.open(target) as model:
+        assert model.world_size == 2
+
+
 def test_another_identity_is_refused_before_any_worker_starts(vllm: FakeVllm, url: str, tmp_path: Path) -> None:
     target = f"memory://{tmp_path.name}/sharded"
     _save_ranks(vllm, _started(vllm, url), target)

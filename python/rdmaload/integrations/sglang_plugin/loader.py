@@ -209,7 +209,8 @@ def _save_shard(model: nn.Module, model_config: Any, options: LoaderOptions) -> 
     sharded = options.save_layout == "rdmaload"
     if sharded:
         _refuse_late_weights(model, shown)
-    save_id = ranks.agree(options.save_id or f"sglang-{secrets.token_hex(12)}")
+    # `save_sharded` gives it a name: agreeing on one would wait for a rank that has failed to load.
+    save_id = options.save_id or ranks.agree(f"sglang-{secrets.token_hex(12)}")
     with tempfile.TemporaryDirectory(prefix="rdmaload-save-") as directory:
         if ranks.rank == 0:
             collect_files(Path(model_config.model_path), Path(directory))

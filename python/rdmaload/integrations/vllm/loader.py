@@ -240,7 +240,8 @@ class RdmaloadModelLoader(DefaultModelLoader):  # type: ignore[misc]  # no types
         parallel = get_current_vllm_config().parallel_config
         sizes = set_up.parallel_of(parallel)
         ranks = Ranks.here()
-        save_id = ranks.agree(options.save_id or f"vllm-{secrets.token_hex(12)}", replicas=sizes["ep"] > 1)
+        # `save_sharded` gives it a name: agreeing on one would wait for a rank that has failed to load.
+        save_id = options.save_id or ranks.agree(f"vllm-{secrets.token_hex(12)}", replicas=sizes["ep"] > 1)
         if sizes["ep"] == 1 and ranks.replica:
             return  # another replica saves the same
         rank = ranks.weights_rank(sizes)
