@@ -176,8 +176,7 @@ def test_one_rank(sglang: Sglang, redis: RedisServer, models: Path, own: dict[st
 
 
 def test_per_rank(sglang: Sglang, redis: RedisServer, models: Path, own: dict[str, list[list[int]]]) -> None:
-    """Two ranks: saved per rank by the command line and loaded per rank; the whole checkpoint, fetched once; and
-    SGLang's layout, which SGLang's own connector reads, and vLLM's names in it."""
+    """Two ranks: saved per rank by the command line and loaded per rank; and the whole checkpoint, fetched once."""
     rdmaload.save(models / "plain", redis.url("checkpoint"))
     two = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
     small = [f"{name}={json.dumps(value)}" for name, value in SMALL.items()]

@@ -132,7 +132,12 @@ def _run_ranks(tmp_path: Path, tp: int, pp: int, cases: list[dict[str, Any]]) ->
         )
         for rank in range(tp * pp)
     ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    try:
+        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:  # those that wait for one that has failed
+            rank.kill()
+            rank.wait()
     assert [rank.returncode for rank in ranks] == [0] * len(ranks)
     by_rank = [[Seen(*json.loads(line)) for line in output.splitlines()] for output in outputs]
     return [list(case) for case in zip(*by_rank, strict=True)]

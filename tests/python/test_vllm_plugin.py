@@ -20,9 +20,10 @@ import rdmaload
 from rdmaload.cli import main
 from rdmaload.errors import LayoutMismatchError, NotFoundError, NotSupportedError, UrlError
 from rdmaload.integrations import metadata, names
-from rdmaload.integrations.vllm import hooks, register, sharding
+from rdmaload.integrations.vllm import hooks, register, set_up, sharding
 from rdmaload.integrations.vllm.options import LoaderOptions
 from rdmaload.integrations.vllm.ranks import Ranks
+from rdmaload.node_group import NodeGroup
 from tests.support import fake_vllm
 from tests.support.fake_vllm import FakeVllm, Group, HubError, Layers
 
@@ -151,6 +152,57 @@ def test_secrets_are_in_no_name(vllm: FakeVllm, url: str, caplog: pytest.LogCapt
     assert args.served_model_name is None
 
 
+def test_an_engine_without_a_command_line_names_no_secret(vllm: FakeVllm, tmp_path: Path) -> None:
+    arguments = vllm.arg_utils.EngineArgs(model=f"memory://me:secret@{tmp_path.name}/llama?connections=2")
+    assert hooks.prepare(arguments)
+    assert arguments.served_model_name == f"memory://{tmp_path.name}/llama"
+    arguments.served_model_name = "mine"
+    assert hooks.prepare(arguments)
+    assert arguments.served_model_name == "mine"
+
+
+def _without_field(fake: FakeVllm, name: str) -> None:
+    fields = fake.arg_utils.ModelConfig.__dataclass_fields__
+    fake.arg_utils.ModelConfig.__dataclass_fields__ = {each: fields[each] for each in fields if each != name}
+
+
+def _with_method(fake: FakeVllm, name: str, method: Any) -> None:
+    default = fake.loader_module.DefaultModelLoader
+    fake.loader_module.DefaultModelLoader = type("DefaultModelLoader", (default,), {name: method})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda fake: _without_field(fake, "model_weights"), "ModelConfig.model_weights"),
+        (lambda fake: _without_field(fake, "tokenizer"), "ModelConfig.tokenizer"),
+        (
+            lambda fake: setattr(fake.arg_utils.EngineArgs, "create_model_config", lambda self, of: None),
+            "EngineArgs.create_model_config",
+        ),
+        (
+            lambda fake: setattr(fake.arg_utils, "is_cloud_storage", lambda model_or_path, more: None),
+            "arg_utils.is_cloud_storage",
+        ),
+        (
+            lambda fake: _with_method(fake, "get_all_weights", lambda self, model: None),
+            "DefaultModelLoader.get_all_weights",
+        ),
+        (
+            lambda fake: _with_method(fake, "_get_weights_iterator", lambda self, source, more: None),
+            "DefaultModelLoader._get_weights_iterator",
+        ),
+    ],
+)
+def test_every_place_is_looked_for_with_its_arguments(vllm: FakeVllm, change: Any, said: str) -> None:
+    def problems() -> list[str]:
+        return [*hooks.loader_problems(), *hooks._problems(vllm.arg_utils)]
+
+    assert problems() == []
+    change(vllm)
+    assert problems() == [said]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -233,6 +285,10 @@ def test_unknown_options_are_refused_by_name(vllm: FakeVllm, url: str) -> None:
         LoaderOptions.parse({"sav_to": "redis://h/m"})
     with pytest.raises(UrlError, match="device must be one of auto, cpu, target, not 'gpu'"):
         LoaderOptions.parse({"device": "gpu"})
+    with pytest.raises(UrlError, match="read_once must be one of auto, on, off, not 'yes'"):
+        LoaderOptions.parse({"read_once": "yes"})
+    with pytest.raises(UrlError, match="accept_version must be a bool, not 'true'"):
+        LoaderOptions.parse({"accept_version": "true"})
     with pytest.raises(UrlError, match="connections must be a whole number"):
         LoaderOptions.parse({"connections": "many"})
     with pytest.raises(UrlError, match="names and values, not a list"):
@@ -329,6 +385,43 @@ def test_what_the_model_does_not_want_is_not_read(vllm: FakeVllm, tmp_path: Path
     assert {name for name, _ in loader.get_all_weights(config, model)} == {"a"}
 
 
+def test_a_draft_model_reads_for_itself(vllm: FakeVllm, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every rank need load one."""
+    monkeypatch.setattr(Ranks, "node_group", lambda _: pytest.fail("it waits for the others"))
+    vllm.set_ranks(tp=Group(0, 2))
+    config = _started(vllm, url)
+    config.runner_type = "draft"
+    assert torch.equal(_loaded(vllm, config).proj.weight, rdmaload.load(url)["proj.weight"])
+
+
+@pytest.mark.parametrize(
+    ("read_once", "expected"), [("auto", [True, False]), ("on", [True, True]), ("off", [False] * 2)]
+)
+def test_a_directory_is_read_by_every_rank_unless_told_otherwise(
+    vllm: FakeVllm, url: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, read_once: str, expected: list[bool]
+) -> None:
+    register()
+    loader = vllm.loader(read_once=read_once)
+    together = []
+
+    def weights(model: Any, *, node: NodeGroup | None, **_: Any) -> Iterator[Any]:
+        together.append(node is not None)
+        return iter(())
+
+    monkeypatch.setattr(sys.modules[type(loader).__module__], "checkpoint_weights", weights)
+    monkeypatch.setattr(Ranks, "node_group", lambda _: NodeGroup("run", 0, 2))
+    for name in (url, str(checkpoint)):
+        list(loader.get_all_weights(_started(vllm, name, load_format="rdmaload"), Layers()))
+    assert together == expected
+
+
+def test_what_is_more_than_tensors_is_refused(vllm: FakeVllm, url: str) -> None:
+    config = _started(vllm, url)
+    config.quantization = "torchao"
+    with pytest.raises(NotSupportedError, match=r"torchao checkpoints.*rdmaload pull"):
+        _loaded(vllm, config)
+
+
 def test_weights_from_elsewhere_are_loaded_by_vllm(vllm: FakeVllm, url: str) -> None:
     config = _started(vllm, url)
     model = Layers()
@@ -379,6 +472,18 @@ def test_ranks_save_and_load_their_state(vllm: FakeVllm, url: str, tmp_path: Pat
         assert float(loaded["_k_scale"]) == 2.0 + rank
     with pytest.raises(NotSupportedError, match="reload"):
         list(vllm.loader().get_all_weights(config, Layers()))
+
+
+def test_another_replica_and_a_draft_model_save_nothing(vllm: FakeVllm, url: str, tmp_path: Path) -> None:
+    target = f"memory://{tmp_path.name}/sharded"
+    config = _started(vllm, url)
+    vllm.set_ranks(dp=Group(1, 2))  # the first replica saves the same
+    vllm.loader(save_to=target).load_weights(Layers(), config)
+    vllm.set_ranks()
+    config.runner_type = "draft"
+    vllm.loader(save_to=target).load_weights(Layers(), config)
+    with pytest.raises(NotFoundError):
+        rdmaload.open(target)
 
 
 def test_a_save_that_has_a_name_waits_for_no_rank(
@@ -449,6 +554,10 @@ def test_scales_that_another_engine_does_not_save_keep_their_default(vllm: FakeV
     vllm.loader().load_weights(model, config)
     assert torch.equal(model.proj.weight, state["proj.weight"])
     assert float(model.attn._k_scale) == 1.0  # type: ignore[arg-type]
+    vllm.set_ranks(tp=Group(0, 2))  # a rank would find its names, and rows of another size or, worse, of the same
+    with pytest.raises(LayoutMismatchError, match="sharded over 1 ranks, this engine has 2"):
+        vllm.loader(read_once="off").load_weights(model, config)
+    vllm.set_ranks()
     config.quantization = "fp8"
     with pytest.raises(LayoutMismatchError, match="no manifest"):
         vllm.loader().load_weights(model, config)
@@ -460,6 +569,10 @@ def test_weights_that_come_late_are_neither_saved_nor_loaded(vllm: FakeVllm, url
     model = Layers()
     model.proj.quant_method = types.SimpleNamespace(uses_meta_device=True)  # type: ignore[assignment]
     with pytest.raises(LayoutMismatchError, match="proj is quantised while it is loaded"):
+        vllm.loader(save_to=target).load_weights(model, config)
+    model = Layers()
+    model.late = torch.nn.Parameter(torch.empty(2, device="meta"))
+    with pytest.raises(LayoutMismatchError, match="late is quantised while it is loaded"):
         vllm.loader(save_to=target).load_weights(model, config)
 
 
@@ -485,6 +598,18 @@ def test_the_rank_that_weights_are_saved_under(
 ) -> None:
     vllm.set_ranks(Group(*tp), Group(*pp), Group(*dp))
     assert Ranks.here().weights_rank(sizes) == expected
+
+
+def test_replicas_hold_the_same_unless_experts_are_spread_over_them() -> None:
+    sizes = types.SimpleNamespace(tensor_parallel_size=2, pipeline_parallel_size=3, data_parallel_size=4)
+    assert set_up.parallel_of(sizes) == {"tp": 2, "pp": 3, "ep": 1}
+    assert set_up.world_size_of(sizes) == 6
+    sizes.enable_expert_parallel = True
+    assert set_up.parallel_of(sizes) == {"tp": 2, "pp": 3, "ep": 8}
+    assert set_up.world_size_of(sizes) == 24
+    sizes.prefill_context_parallel_size = 2
+    with pytest.raises(NotSupportedError, match="context parallelism"):
+        set_up.parallel_of(sizes)
 
 
 def test_save_sharded_from_the_command_line(
