@@ -1,19 +1,20 @@
 """Loads into GPU memory against what bounds them: the source's own speed, and page-locked copies to the device.
 
-Sources: a directory (in the page cache, and evicted from it), our weight server inside this process over loopback,
-Redis (where there is a redis-server), and a store written in Python. For each: its limit (the same load into host
-memory), ours into the device, and where they apply `load` + `.to(device)`, `safetensors.torch.load_file(device=...)`
-and other loaders that are installed. The share is ours / min(source limit, copy limit); goal 0.95. A timeline of one
-load shows receiving and copying at the same time. Then what was never measured: how many page-locked bytes, in pieces
-of what size, and what page-locking costs. One process, runs in turns, every byte compared once before anything is
-timed. Runs unattended; after `--seconds` it starts no new round, and with `--json` the result is written after each
-part.
+Sources: host memory of this process, a directory (in the page cache, and evicted from it), our weight server inside
+this process over loopback, Redis (where there is a redis-server), and a store written in Python. For each: its limit
+(the same load into host memory), ours into the device, and where they apply `load` + `.to(device)`,
+`safetensors.torch.load_file(device=...)` and other loaders that are installed. The share is ours / min(source limit,
+copy limit); goal 0.95. A timeline of one load shows receiving and copying at the same time. Then what was never
+measured: how many page-locked bytes, in pieces of what size, and what page-locking costs. One process, runs in turns,
+every byte compared once before anything is timed. Runs unattended, what matters most first: each part begins only while
+there is time for it, no round begins after `--seconds`, and with `--json` the result is written after each part.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import importlib.util
 import json
@@ -31,15 +32,23 @@ import torch
 import rdmaload
 from benchmarks import checkpoints, machine, paired
 from rdmaload import _core, devices, reader
+from rdmaload.connectors.local import LocalConnector
+from rdmaload.connectors.registry import register_connector
 from rdmaload.model import Model
+from rdmaload.options import Options
 from rdmaload.tensors import torch_dtype
+from rdmaload.urls import Url, parse_url
 
 GOAL = 0.95
+COPY_BYTES = 256 << 20  # of one copy that is timed for the limit
+MOST_SECONDS = 400  # so that what had begun when the time was up still ends within eight minutes
+KEPT_BYTES = 128 << 20  # of page-locked memory between loads, as csrc/device/pinned_pool.h says
 Trace = Sequence[tuple[float, float, float, int]]
 
 
-def copy_limit(device: torch.device, nbytes: int = 256 << 20, rounds: int = 8) -> float:
+def copy_limit(device: torch.device, rounds: int = 8) -> float:
     """GB/s of page-locked host memory to the device: the best of several rounds of four copies each."""
+    nbytes = COPY_BYTES
     source = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     target = torch.empty(nbytes, dtype=torch.uint8, device=device)
     best = 0.0
@@ -73,15 +82,27 @@ def in_turns(
     until: float,
     prepare: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Median and all GB/s of each way; each round runs all of them, every second one backwards."""
+    """Median and all GB/s of each way; each round runs all of them, every second one backwards.
+
+    A way that fails leaves with its error, unless it is ours or the limit: somebody else's loader that does not run
+    here is no reason to stop.
+    """
     rates: dict[str, list[float]] = {name: [] for name in ways}
+    failed: dict[str, str] = {}
     for number in range(rounds):
-        if number > 0 and time.monotonic() > until:
-            break
-        for name in list(ways)[:: -1 if number % 2 else 1]:
+        for name in list(rates)[:: -1 if number % 2 else 1]:
+            if rates[name] and time.monotonic() > until:
+                continue
             prepare()
-            rates[name].append(nbytes / timed(ways[name]) / 1e9)
-    return {name: {"gb_per_s": statistics.median(runs), "runs": runs} for name, runs in rates.items()}
+            try:
+                rates[name].append(nbytes / timed(ways[name]) / 1e9)
+            except Exception as error:
+                if name in ("source", "rdmaload"):
+                    raise
+                failed[name] = f"{type(error).__name__}: {error}"[:300]
+                del rates[name]
+    found = {name: {"gb_per_s": statistics.median(runs), "runs": runs} for name, runs in rates.items()}
+    return {**found, "failed": failed}
 
 
 def timeline(url: str | Path, device: torch.device, **options: Any) -> dict[str, Any]:
@@ -132,6 +153,25 @@ def union(spans: Sequence[tuple[float, float]]) -> float:
     return total
 
 
+@functools.cache
+def host_memory(directory: str, threads: int) -> _core.MemoryTransport:
+    """The files of a directory in this process's memory, read once."""
+    held = _core.MemoryTransport(threads=threads)
+    for path in Path(directory).iterdir():
+        held.put(path.name, path.read_bytes())
+    return held
+
+
+class HostMemoryConnector(LocalConnector):
+    """A directory whose bytes come from this process's memory: no disk, page cache or socket in the way."""
+
+    def __init__(self, url: Url, options: Options | None = None) -> None:
+        super().__init__(parse_url("/" + (url.model or "").lstrip("/")), options)
+
+    def native_transport(self) -> object:
+        return host_memory(str(self.root), self.options.threads)
+
+
 @contextlib.contextmanager
 def weight_server(limit_bytes: int) -> Iterator[str]:
     """The url of a model on a server that runs in this process, its threads beside the loader's."""
@@ -147,14 +187,17 @@ def sources(directory: Path, redis: bool) -> Iterator[dict[str, str]]:
     """Urls of the same checkpoint by kind of source."""
     nbytes = sum(path.stat().st_size for path in directory.iterdir())
     with contextlib.ExitStack() as stack:
-        urls = {"file": str(directory), "server": stack.enter_context(weight_server(2 * nbytes + (64 << 20)))}
+        register_connector("benchmark-memory", HostMemoryConnector)
+        stack.callback(host_memory.cache_clear)
+        urls = {"file": str(directory), "memory": f"benchmark-memory://{directory}"}
+        urls |= {"server": stack.enter_context(weight_server(2 * nbytes + (64 << 20)))}
         if redis and shutil.which("redis-server"):
             from tests.support.servers import RedisServer
 
             urls["redis"] = stack.enter_context(RedisServer()).url("device")
         urls["python"] = "memory://benchmark/device"
         for kind, url in urls.items():
-            if kind != "file":
+            if kind not in ("file", "memory"):
                 rdmaload.save(directory, url)
         yield urls
 
@@ -198,7 +241,7 @@ def compare(
     limit: float | None,
     rounds: int,
     until: float,
-    prepare: Callable[[], None] = lambda: None,
+    prepare: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """One source: its limit, ours and the others."""
     stats = rdmaload.LoadStats()
@@ -210,24 +253,14 @@ def compare(
         ways["load, then to"] = lambda: {name: t.to(device) for name, t in rdmaload.load(url).items()}
         if url == str(directory):
             ways.update(other_loaders(directory, device))
-    failed = {}
-    for name, way in list(ways.items()):
-        prepare()
-        try:
-            way()  # pages, connections, kernels and the allocator are warm
-        except Exception as error:  # somebody else's loader that does not run here is no reason to stop
-            if name in ("source", "rdmaload"):
-                raise
-            failed[name] = f"{type(error).__name__}: {error}"[:300]
-            del ways[name]
-    result = in_turns(ways, nbytes, rounds, until, prepare)
-    result["failed"] = failed
+    if prepare is None:  # else it is cold on purpose
+        in_turns(ways, nbytes, 1, until)  # pages, connections, kernels and the allocator are warm
+    result = in_turns(ways, nbytes, rounds, until, prepare or (lambda: None))
     result["path"], result["fallback_reason"] = stats.path, stats.fallback_reason
     bound = min(result["source"]["gb_per_s"], limit or float("inf"))
-    for way in ways:
+    for way in ways.keys() & result.keys():
         result[way]["share_of_limit"] = result[way]["gb_per_s"] / bound
     result["reaches_goal"] = result["rdmaload"]["share_of_limit"] >= GOAL
-    prepare()
     result["timeline"] = timeline(url, device)
     return result
 
@@ -244,12 +277,22 @@ def staging_sweep(
             for staging in stagings:
                 if time.monotonic() > until:
                     return rows
-                runs = []
-                for _ in range(3):
-                    seconds = timed(lambda staging=staging: rdmaload.load(url, device=device, staging_bytes=staging))
-                    runs.append(nbytes / seconds / 1e9)
-                best = statistics.median(runs)
-                rows.append({"staging_bytes": staging, "read_bytes": piece, "gb_per_s": best, "runs": runs})
+                # No ring of another size is left over; the first run page-locks one, and the others find it kept, or
+                # pay again where it is too large for that, as a user does.
+                _core.release_pinned_memory()
+                load = partial(rdmaload.load, url, device=device, staging_bytes=staging)
+                first = nbytes / timed(load) / 1e9
+                runs = [nbytes / timed(load) / 1e9 for _ in range(3)]
+                rows.append(
+                    {
+                        "staging_bytes": staging,
+                        "read_bytes": piece,
+                        "ring_is_kept": staging <= KEPT_BYTES,
+                        "first_gb_per_s": first,
+                        "gb_per_s": statistics.median(runs),
+                        "runs": runs,
+                    }
+                )
     finally:
         reader._READ_BYTES = default
     return rows
@@ -302,6 +345,7 @@ def measure(
 ) -> dict[str, Any]:
     """Everything, in the order of what matters; `report` gets the result after each part."""
     begin = time.monotonic()
+    end = begin + seconds
     result: dict[str, Any] = {"copy_limit_gb_per_s": limit, "cufile": _core.cufile_refusal() or "direct"}
 
     def done(part: str, value: object) -> None:
@@ -309,57 +353,54 @@ def measure(
         result["seconds"] = time.monotonic() - begin
         report(result)
 
-    def attempt(part: str, work: Callable[[], object]) -> None:
-        """The parts do not depend on each other: what one cannot do costs no other its turn."""
+    def attempt(part: str, share: float, work: Callable[[float], object]) -> None:
+        """The parts do not depend on each other: what one cannot do costs no other its turn.
+
+        `share` is of the time that is left; what a part does not use is the others'.
+        """
+        now = time.monotonic()
+        if now > end:
+            done(part, {"skipped": "no time was left"})
+            return
         try:
-            value = work()
+            value = work(now + share * (end - now))
         except Exception as error:
             value = {"error": f"{type(error).__name__}: {error}"}
         done(part, value)
 
     with sources(directory, redis) as urls:
-        parts = len(urls) + 3
-        for number, (kind, url) in enumerate(urls.items(), start=1):
+        for number, (kind, url) in enumerate(urls.items()):
             if kind == "file":
                 machine.warm_page_cache(directory)
-            until = begin + seconds * number / parts
-            attempt(kind, partial(compare, url, directory, nbytes, device, limit, rounds, until))
-        until = begin + seconds * (len(urls) + 1) / parts
-        checked = partial(rdmaload.load, urls["server"], device=device, verify_device="on")
-        attempt("verify_device", lambda: timed(checked))
-        machine.warm_page_cache(directory)
-        attempt("staging_file", partial(staging_sweep, urls["file"], nbytes, device, until, stagings, pieces))
-        until = begin + seconds * (len(urls) + 2) / parts
-        attempt("staging_server", partial(staging_sweep, urls["server"], nbytes, device, until, stagings, pieces[:1]))
-        attempt("page_locking", partial(page_locking, urls["file"], device))
-        attempt("all_devices", partial(all_devices, urls["file"], nbytes, device))
-        if time.monotonic() < begin + seconds:  # last: disks are slow
-            cold = partial(
-                compare,
-                urls["file"],
-                directory,
-                nbytes,
-                device,
-                limit,
-                min(rounds, 3),
-                begin + seconds,
-                lambda: machine.drop_from_page_cache(directory),
-            )
-            attempt("file_cold", cold)
+            share = 0.6 / (len(urls) - 0.6 * number)
+            attempt(kind, share, partial(compare, url, directory, nbytes, device, limit, rounds))
+        for kind in ("file", "server"):
+            checked = partial(rdmaload.load, urls[kind], device=device, verify_device="on")
+            part = f"verify_device_{kind}"
+            attempt(part, 0.2, lambda until, checked=checked: {"gb_per_s": nbytes / timed(checked) / 1e9})
+        attempt("page_locking", 0.2, lambda until: page_locking(urls["file"], device))
+        attempt("all_devices", 0.2, lambda until: all_devices(urls["file"], nbytes, device))
+        sweep = partial(staging_sweep, nbytes=nbytes, device=device, stagings=stagings)
+        attempt("staging_memory", 0.5, lambda until: sweep(urls["memory"], until=until, pieces=pieces))
+        attempt("staging_server", 0.5, lambda until: sweep(urls["server"], until=until, pieces=pieces[:1]))
+        cold = partial(compare, urls["file"], directory, nbytes, device, limit, min(rounds, 3))
+        drop = partial(machine.drop_from_page_cache, directory)
+        attempt("file_cold", 1.0, lambda until: cold(until, drop))  # last: disks are slow
     return result
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bytes", type=float, default=4e9)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=300, help="start no new round after so long")
+    parser.add_argument("--seconds", type=float, default=300, help="start no new round after so long (at most 400)")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--dir", help="where the checkpoint is made")
     parser.add_argument("--output", "--json", type=Path, help="write the result as JSON, after each part")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     device = devices.checked_device(arguments.device)
     begin = time.monotonic()
+    seconds = min(arguments.seconds, MOST_SECONDS)
     about = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "machine": machine.facts()}
 
     def write(result: dict[str, Any]) -> None:
@@ -379,10 +420,11 @@ def main() -> None:
             device,
             limit,
             rounds=arguments.rounds,
-            seconds=arguments.seconds - (time.monotonic() - begin),
+            seconds=seconds - (time.monotonic() - begin),
             report=write,
         )
-    paired.report("device", {**about, **result, "seconds": time.monotonic() - begin}, arguments.output)
+    whole = {**about, **result, "finished": True, "seconds": time.monotonic() - begin}
+    paired.report("device", whole, arguments.output)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ PYTHON_ORDER = [
         "selection",
         "targets",
         "fill",
+        "gpu_stream",
         "node_group",
         "node_share",
         "pull",

@@ -60,13 +60,16 @@ std::shared_ptr<StagedTransport> make_staged(std::shared_ptr<Transport> source, 
 
 std::shared_ptr<GdsTransport> make_gds(std::shared_ptr<FileTransport> files,
                                        std::shared_ptr<StagedTransport> staged, int device,
-                                       uint64_t read_bytes, uint64_t device_bytes) {
+                                       uint64_t read_bytes, uint64_t device_bytes, bool verify_device) {
   GdsOptions options;
   options.read_bytes = read_bytes;
   options.device_bytes = device_bytes;
+  options.verify_device = verify_device;
   py::gil_scoped_release release;
+  Device& on = Device::get(device);
+  const DeviceGuard guard(on);  // cuFile makes driver calls of its own when it is opened
   return abandoned_after_fork(
-      new GdsTransport(std::move(files), std::move(staged), Device::get(device), CuFile::process(), options));
+      new GdsTransport(std::move(files), std::move(staged), on, CuFile::process(), options));
 }
 
 py::dict describe(const StagingCounters& counters) {
@@ -116,6 +119,14 @@ void register_device(py::module_& module) {
     return result;
   });
   module.def(
+      "kernels_refusal",
+      [](int device) {
+        std::string why;
+        Device::get(device).kernels(&why);
+        return why;
+      },
+      py::arg("device"), py::call_guard<py::gil_scoped_release>());
+  module.def(
       "convert_on_device",
       [](int device, uint64_t source, const std::string& source_type, uint64_t target,
          const std::string& target_type, uint64_t count, uint64_t stream) {
@@ -164,8 +175,9 @@ void register_device(py::module_& module) {
 
   py::class_<GdsTransport, Transport, std::shared_ptr<GdsTransport>>(module, "GdsTransport")
       .def(py::init(&make_gds), py::arg("files"), py::arg("staged"), py::kw_only(), py::arg("device"),
-           py::arg("read_bytes"), py::arg("device_bytes"))
-      .def_property_readonly("block_bytes", &GdsTransport::block_bytes);
+           py::arg("read_bytes"), py::arg("device_bytes"), py::arg("verify_device") = false)
+      .def_property_readonly("block_bytes", &GdsTransport::block_bytes)
+      .def_property_readonly("verified_bytes", &GdsTransport::verified_bytes);
 }
 
 }  // namespace rdmaload::bindings

@@ -12,6 +12,7 @@
 #include "transport/cache/caching_transport.h"
 #include "transport/file_transport.h"
 #include "transport/http/http_transport.h"
+#include "transport/memory_transport.h"
 #include "transport/rdma/rdma_transport.h"
 #include "transport/rdma/verbs_queue_pair.h"
 #include "transport/resp/resp_transport.h"
@@ -190,6 +191,20 @@ void register_transport(py::module_& module) {
              return released_on_delete(new FileTransport(std::move(root), std::move(options)));
            }),
            py::kw_only(), py::arg("root"), py::arg("threads"), py::arg("io") = "auto");
+
+  py::class_<MemoryTransport, Transport, std::shared_ptr<MemoryTransport>>(module, "MemoryTransport")
+      .def(py::init([](int threads) { return released_on_delete(new MemoryTransport(threads)); }),
+           py::kw_only(), py::arg("threads"))
+      .def(
+          "put",
+          [](MemoryTransport& self, const std::string& object, const py::buffer& buffer) {
+            const py::buffer_info info = buffer.request();
+            const auto* const begin = static_cast<const std::byte*>(info.ptr);
+            std::vector<std::byte> bytes(begin, begin + info.size * info.itemsize);
+            py::gil_scoped_release release;
+            self.put(object, std::move(bytes));
+          },
+          py::arg("object"), py::arg("buffer"));
 
   module.def("tls_library", &tls_library);
   py::class_<TlsContext, std::shared_ptr<TlsContext>>(module, "TlsContext")

@@ -29,13 +29,19 @@ constexpr Result kNotInitialized = 3;
 constexpr Result kNoDevice = 100;
 constexpr Result kInvalidDevice = 101;
 constexpr Result kInvalidContext = 201;
+constexpr Result kNoBinaryForGpu = 209;
+constexpr Result kInvalidPtx = 218;
+constexpr Result kUnsupportedPtxVersion = 222;
 constexpr Result kInvalidHandle = 400;
 constexpr Result kNotFound = 500;
 constexpr Result kNotReady = 600;
 constexpr Result kIllegalAddress = 700;
 constexpr Result kHostMemoryAlreadyRegistered = 712;
 constexpr Result kHostMemoryNotRegistered = 713;
+constexpr Result kHardwareStackError = 714;
+constexpr Result kContextLastError = 719;  // with those from kHardwareStackError on: the context is lost
 constexpr Result kNotSupported = 801;
+constexpr Result kStreamCaptureUnsupported = 900;
 
 constexpr unsigned kMemHostAllocPortable = 1;     // CU_MEMHOSTALLOC_PORTABLE
 constexpr unsigned kMemHostRegisterPortable = 1;  // CU_MEMHOSTREGISTER_PORTABLE
@@ -46,6 +52,11 @@ constexpr unsigned kEventDisableTiming = 2;       // CU_EVENT_DISABLE_TIMING
 constexpr int kAttributePciBus = 33;
 constexpr int kAttributePciDevice = 34;
 constexpr int kAttributePciDomain = 50;
+
+constexpr int kCaptureModeGlobal = 0;   // CU_STREAM_CAPTURE_MODE_GLOBAL, what a thread begins with
+constexpr int kCaptureModeRelaxed = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED
+constexpr int kCaptureStatusNone = 0;   // CU_STREAM_CAPTURE_STATUS_NONE
+
 constexpr int kAttributeComputeMajor = 75;
 constexpr int kAttributeComputeMinor = 76;
 constexpr int kAttributeGpuDirectSupported = 116;
@@ -108,8 +119,11 @@ constexpr int kFlushToOwner = 100;
      void** extra))                                                                                          \
   X(pointer_set_attribute, "cuPointerSetAttribute", (const void* value, int attribute, cuda::Pointer pointer))
 
-// Newer ones, nullptr where the driver lacks them (CUDA 11.7 and 11.3), and one that only saves work.
+// Newer ones, nullptr where the driver lacks them (CUDA 10.0, 10.1, 11.7 and 11.3), and one that only saves
+// work.
 #define RDMALOAD_CUDA_OPTIONAL(X)                                                                           \
+  X(stream_is_capturing, "cuStreamIsCapturing", (cuda::Stream stream, int* status))                         \
+  X(exchange_capture_mode, "cuThreadExchangeStreamCaptureMode", (int* mode))                                \
   X(handle_for_range, "cuMemGetHandleForAddressRange",                                                      \
     (void* handle, cuda::Pointer pointer, size_t bytes, int type, unsigned long long flags))                \
   X(address_range, "cuMemGetAddressRange_v2", (cuda::Pointer * base, size_t* bytes, cuda::Pointer pointer)) \

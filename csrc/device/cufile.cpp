@@ -118,17 +118,21 @@ std::string CuFile::describe(std::string_view call, cufile::Error error) {
   return text + ")";
 }
 
-CuFileHandle::CuFileHandle(const CuFile& cufile, int direct_fd) : cufile_(cufile) {
+CuFileHandle::CuFileHandle(const CuFile& cufile, const Device& device, int direct_fd)
+    : cufile_(cufile), device_(device) {
   cufile::Descriptor descriptor{};
   descriptor.type = cufile::kHandleTypeFd;
   descriptor.fd = direct_fd;
+  const DeviceGuard guard(device);  // cuFile makes driver calls of its own
   const cufile::Error error = cufile.handle_register(&handle_, &descriptor);
   if (error.code != cufile::kSuccess) {
     throw Error(ErrorCode::kNotSupported, CuFile::describe("cuFileHandleRegister", error));
   }
 }
 
-CuFileHandle::~CuFileHandle() { cufile_.handle_deregister(handle_); }
+CuFileHandle::~CuFileHandle() {
+  if (const ReleaseGuard guard(device_); guard) cufile_.handle_deregister(handle_);
+}
 
 CuFileBuffer::CuFileBuffer(const CuFile& cufile, const Device& device, size_t bytes)
     : cufile_(cufile),

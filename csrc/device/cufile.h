@@ -49,7 +49,7 @@ class CuFile {
 class CuFileHandle {
  public:
   // Throws kNotSupported when it cannot be read directly.
-  CuFileHandle(const CuFile& cufile, int direct_fd);
+  CuFileHandle(const CuFile& cufile, const Device& device, int direct_fd);
   ~CuFileHandle();
   CuFileHandle(const CuFileHandle&) = delete;
   CuFileHandle& operator=(const CuFileHandle&) = delete;
@@ -57,6 +57,7 @@ class CuFileHandle {
 
  private:
   const CuFile& cufile_;
+  const Device& device_;
   cufile::Handle handle_ = nullptr;
 };
 

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 
 #include "device/driver.h"
@@ -54,11 +55,31 @@ class Device {
   std::string no_kernels_reason_;       // Guarded by mutex_.
 };
 
-// Makes the device current on this thread until the end of the scope.
+// Keeps what this thread calls apart from a CUDA graph that anybody in the process is capturing.
+//
+// A capture in CUDA's default mode forbids every thread what might disturb it (to allocate, to page-lock, to
+// wait for an event), and such a call both fails and spoils the capture. Nothing that this library calls has
+// to do with the captured streams, so its threads step out of that check while they call. Without effect on
+// older drivers.
+class CaptureModeGuard {
+ public:
+  explicit CaptureModeGuard(const Driver& driver) noexcept : driver_(driver) { exchange(); }
+  ~CaptureModeGuard() { exchange(); }
+  CaptureModeGuard(const CaptureModeGuard&) = delete;
+  CaptureModeGuard& operator=(const CaptureModeGuard&) = delete;
+
+ private:
+  void exchange() noexcept {
+    if (driver_.exchange_capture_mode != nullptr) driver_.exchange_capture_mode(&mode_);
+  }
+  const Driver& driver_;
+  int mode_ = cuda::kCaptureModeRelaxed;  // and then the thread's own, to be put back
+};
+
+// Makes the device current on this thread until the end of the scope, with a CaptureModeGuard around it.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(const Device& device) : driver_(device.driver()) {
-    driver_.check_process();
+  explicit DeviceGuard(const Device& device) : driver_(opened(device.driver())), mode_(driver_) {
     driver_.check("cuCtxPushCurrent", driver_.context_push(device.context()));
   }
   ~DeviceGuard() {
@@ -69,16 +90,23 @@ class DeviceGuard {
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
+  static const Driver& opened(const Driver& driver) {
+    driver.check_process();
+    return driver;
+  }
   const Driver& driver_;
+  const CaptureModeGuard mode_;
 };
 
 // The same for destructors, which must not throw: false when the driver is gone or belongs to a parent
 // process.
 class ReleaseGuard {
  public:
-  explicit ReleaseGuard(const Device& device) noexcept
-      : driver_(device.driver()),
-        active_(driver_.is_opener() && driver_.context_push(device.context()) == cuda::kSuccess) {}
+  explicit ReleaseGuard(const Device& device) noexcept : driver_(device.driver()) {
+    if (!driver_.is_opener()) return;
+    mode_.emplace(driver_);
+    active_ = driver_.context_push(device.context()) == cuda::kSuccess;
+  }
   ~ReleaseGuard() {
     cuda::Context popped = nullptr;
     if (active_) driver_.context_pop(&popped);
@@ -89,7 +117,8 @@ class ReleaseGuard {
 
  private:
   const Driver& driver_;
-  const bool active_;
+  std::optional<CaptureModeGuard> mode_;
+  bool active_ = false;
 };
 
 }  // namespace rdmaload

@@ -13,6 +13,12 @@ namespace {
 std::mutex process_mutex;
 const Driver* process_driver = nullptr;  // Guarded by process_mutex. Never destroyed.
 
+// Errors of kernels and copies that stay with the context.
+bool loses_context(cuda::Result result) {
+  return result == cuda::kIllegalAddress ||
+         (result >= cuda::kHardwareStackError && result <= cuda::kContextLastError);
+}
+
 }  // namespace
 
 const Driver& Driver::process() {
@@ -76,7 +82,9 @@ std::string Driver::describe(std::string_view call, cuda::Result result) const {
   if (error_name(result, &name) != cuda::kSuccess || name == nullptr) name = "unknown error";
   if (error_string(result, &text) != cuda::kSuccess || text == nullptr)
     text = "the driver does not know this code";
-  return std::string(call) + ": " + name + " (" + std::to_string(result) + "): " + text;
+  std::string message = std::string(call) + ": " + name + " (" + std::to_string(result) + "): " + text;
+  if (loses_context(result)) message += "; this process cannot use the device any more: start another one";
+  return message;
 }
 
 Status Driver::status(std::string_view call, cuda::Result result) const {

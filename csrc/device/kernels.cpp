@@ -1,6 +1,7 @@
 #include "device/kernels.h"
 
 #include <algorithm>
+#include <string>
 
 namespace rdmaload {
 namespace {
@@ -20,8 +21,20 @@ Kernels::Kernels(const Device& device) : driver_(device.driver()) {
                 "this build has no GPU kernels: nvcc was not found when it was made");
   }
   const DeviceGuard guard(device);
-  driver_.check("cuModuleLoadDataEx",
-                driver_.module_load(&module_, driver_.kernel_image().data(), 0, nullptr, nullptr));
+  const cuda::Result loaded =
+      driver_.module_load(&module_, driver_.kernel_image().data(), 0, nullptr, nullptr);
+  if (loaded == cuda::kNoBinaryForGpu || loaded == cuda::kInvalidPtx ||
+      loaded == cuda::kUnsupportedPtxVersion) {
+    throw Error(ErrorCode::kNotSupported,
+                "the GPU kernels of this build do not run on cuda:" + std::to_string(device.ordinal()) +
+                    " (" + device.name() + ", compute capability " +
+                    std::to_string(device.attribute(cuda::kAttributeComputeMajor)) + "." +
+                    std::to_string(device.attribute(cuda::kAttributeComputeMinor)) + ", driver of CUDA " +
+                    std::to_string(driver_.version() / 1000) + "." +
+                    std::to_string(driver_.version() % 1000 / 10) +
+                    "): " + driver_.describe("cuModuleLoadDataEx", loaded));
+  }
+  driver_.check("cuModuleLoadDataEx", loaded);
   for (const auto& [function, name] : {std::pair{&scatter_, "rdmaload_scatter"},
                                        {&crc32c_, "rdmaload_crc32c"},
                                        {&convert_, "rdmaload_convert"}}) {

@@ -25,7 +25,8 @@ size_t float_bytes(FloatType type);
 
 class Kernels {
  public:
-  // Throws kNotSupported when the build has no kernels, kDevice when this driver cannot load them.
+  // Throws kNotSupported when the build has no kernels or none that this GPU and driver can run, kDevice when
+  // loading them failed.
   explicit Kernels(const Device& device);
 
   // All with the device current. `pieces` is a table of `count` in device memory.

@@ -71,7 +71,8 @@ class Event {
   cuda::Event handle_ = nullptr;
 };
 
-// From now on work on `later` waits for what is on `earlier` now.
+// From now on work on `later` waits for what is on `earlier` now. Throws kDevice, also when a CUDA graph is
+// being captured on one of them: it would swallow the wait, and run it when the graph is replayed.
 void order_streams(const Device& device, cuda::Stream earlier, cuda::Stream later);
 
 }  // namespace rdmaload

@@ -85,7 +85,7 @@ GdsTransport::GdsTransport(std::shared_ptr<FileTransport> files, std::shared_ptr
       device_(device),
       cufile_(cufile),
       options_(options),
-      kernels_(device.kernels()),
+      kernels_(device.kernels(&no_kernels_reason_)),
       data_bytes_(data_bytes(options)),
       table_bytes_(table_bytes(options)),
       count_(static_cast<size_t>(worker_count(options))) {
@@ -153,8 +153,7 @@ std::shared_ptr<GdsTransport::OpenHandle> GdsTransport::handle_of(const std::str
         ours.st_dev != theirs.st_dev || ours.st_ino != theirs.st_ino) {
       throw Error(ErrorCode::kNotSupported, "it cannot be opened once more for direct reads");
     }
-    const DeviceGuard guard(device_);
-    found->handle.emplace(cufile_, found->fd);
+    found->handle.emplace(cufile_, device_, found->fd);
   } catch (const Error& error) {
     found->refused = true;
     refuse("no GPUDirect Storage for '" + found->file->path() + "': " + error.what());
@@ -177,7 +176,18 @@ GdsTransport::Blocks* GdsTransport::blocks() {
 }
 
 std::optional<Status> GdsTransport::perform(Read& read) {
-  if (read.length > options_.read_bytes || (read.checksum && kernels_ == nullptr)) return hand_on(read);
+  if (read.length > options_.read_bytes) return hand_on(read);
+  if (read.checksum && kernels_ == nullptr) {
+    refuse("no GPUDirect Storage: checksums cannot be computed on the GPU: " + no_kernels_reason_);
+    return hand_on(read);
+  }
+  if (options_.verify_device && !read.checksum) {
+    refuse(
+        "verify_device: without a stored checksum nothing shows that GPUDirect Storage read right, so files "
+        "go "
+        "through host memory");
+    return hand_on(read);
+  }
   const auto handle = handle_of(read.object);
   if (handle->refused || !handle->file->reads_directly(true) || !handle->handle) return hand_on(read);
   if (Status grown = handle->file->grown(read.object_bytes); !grown.ok()) return grown;
@@ -253,7 +263,10 @@ Status GdsTransport::deliver(Read& read, Block& block, uint64_t skipped) {
   if (!waited.ok()) device_.driver().stream_synchronize(stream);
   if (!placed.ok()) return placed;
   if (!waited.ok()) return waited;
-  if (read.checksum) std::memcpy(&read.crc, block.host_table + crc_at, sizeof(read.crc));
+  if (read.checksum) {
+    std::memcpy(&read.crc, block.host_table + crc_at, sizeof(read.crc));
+    verified_bytes_ += read.length;
+  }
   return Status();
 }
 

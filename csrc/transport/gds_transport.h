@@ -32,6 +32,7 @@ struct GdsOptions {
   uint64_t device_bytes = 128 << 20;  // for all blocks; at least one must fit
   int workers = 8;                    // reads at once, as many as of direct reads into host memory
   size_t scatter_pieces = 16;         // as StagingOptions
+  bool verify_device = false;  // what has no checksum to compare with goes the staged way, which checks it
 };
 
 class GdsTransport final : public ThreadedTransport {
@@ -48,6 +49,8 @@ class GdsTransport final : public ThreadedTransport {
   int connections() const noexcept override;
   // Device memory that the blocks take when they are needed.
   uint64_t block_bytes() const noexcept;
+  // Bytes whose checksum was computed on the device where the owner asked for it; counted at each attempt.
+  uint64_t verified_bytes() const noexcept { return verified_bytes_; }
 
  private:
   struct Block;
@@ -66,6 +69,7 @@ class GdsTransport final : public ThreadedTransport {
   Device& device_;
   const CuFile& cufile_;
   const GdsOptions options_;
+  std::string no_kernels_reason_;
   const Kernels* const kernels_;
   uint64_t data_bytes_ = 0;   // of each block's data; its table of pieces lies behind
   uint64_t table_bytes_ = 0;  // with a word for the checksum at the end
@@ -73,6 +77,7 @@ class GdsTransport final : public ThreadedTransport {
 
   std::atomic<bool> used_gds_{false};
   std::atomic<bool> handed_on_{false};
+  std::atomic<uint64_t> verified_bytes_{0};
   mutable std::mutex mutex_;
   std::map<std::string, std::shared_ptr<OpenHandle>> handles_;  // Guarded by mutex_, as all below.
   bool blocks_tried_ = false;

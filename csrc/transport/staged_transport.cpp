@@ -163,7 +163,7 @@ StagedTransport::Slot* StagedTransport::take_slot_locked(Read& read) {
   slot->data = slot->memory + read.offset % kSlotAlignment;
   slot->segments.assign(1, {slot->data, read.length});
   slot->memory_owner = ring_;
-  slot->checksum = read.checksum;
+  slot->checksum = read.checksum || options_.verify_device;
   slot->priority = read.priority;
   slot->proxy = proxy_locked(*read.owner);
   slot->owner = slot->proxy.get();
@@ -246,20 +246,22 @@ void StagedTransport::received(Slot& slot, const Status& status) noexcept {
   slot.trace.received = slot.times.received - begin_;
   if (!status.ok()) return finish(slot, status);
   if (slot.proxy->cancelled()) return finish(slot, cancelled_status());
+  std::optional<DeviceGuard> guard;
   try {
-    const DeviceGuard guard(device_);
-    slot.enqueue_status = enqueue(slot);
-    // Also after a failure: some of the copies may be on their way.
-    const Status recorded = slot.event.record(stream_);
-    if (!recorded.ok()) {
-      driver_.stream_synchronize(stream_);
-      return finish(slot, slot.enqueue_status.ok() ? recorded : slot.enqueue_status);
-    }
-  } catch (const Error& error) {  // of the guard: nothing was enqueued
+    guard.emplace(device_);
+  } catch (const Error& error) {  // nothing was enqueued
     return finish(slot, Status::from(error));
-  } catch (const std::exception& error) {  // no memory: some of it may have been
+  }
+  try {
+    slot.enqueue_status = enqueue(slot);
+  } catch (const std::exception& error) {  // no memory
+    slot.enqueue_status = Status(ErrorCode::kDevice, error.what());
+  }
+  // Also after a failure: some of the copies may be on their way.
+  const Status recorded = slot.event.record(stream_);
+  if (!recorded.ok()) {
     driver_.stream_synchronize(stream_);
-    return finish(slot, Status(ErrorCode::kDevice, error.what()));
+    return finish(slot, slot.enqueue_status.ok() ? recorded : slot.enqueue_status);
   }
   std::lock_guard lock(mutex_);
   copying_.push_back(&slot);
@@ -268,8 +270,10 @@ void StagedTransport::received(Slot& slot, const Status& status) noexcept {
 
 Status StagedTransport::enqueue(Slot& slot) {
   const std::vector<Segment>& pieces = slot.outer->segments;
-  const bool check = options_.verify_device && slot.checksum;
-  if (may_use_block_ && (check || wanted_pieces(pieces) >= options_.scatter_pieces)) {
+  const bool check = options_.verify_device;
+  const bool many = wanted_pieces(pieces) >= options_.scatter_pieces;
+  if (many && kernels_ == nullptr) missed_kernels_ = true;
+  if (may_use_block_ && (check || many)) {
     std::lock_guard lock(block_mutex_);
     const Status made = make_block();
     if (made.ok()) return place(slot, check);
@@ -326,6 +330,14 @@ Status StagedTransport::make_block() {
 
 std::string_view StagedTransport::path() const noexcept {
   return kept_path_name(std::string(source_->path()) + "+staged-gpu");
+}
+
+std::string StagedTransport::fallback_reason() const {
+  std::string reason = source_->fallback_reason();
+  if (reason.empty() && missed_kernels_) {
+    reason = "small tensors were copied to the GPU one by one: " + no_kernels_reason_;
+  }
+  return reason;
 }
 
 // Waits for the slot's copies, and says what became of them.

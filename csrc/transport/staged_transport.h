@@ -9,7 +9,8 @@
 // transport" as this and the GPU's copy engine.
 //
 // Many small pieces of one read are copied as a block and placed by one kernel, where there are kernels. With
-// `verify_device` every read goes that way and its checksum is computed again on the device. One block of
+// `verify_device` every read goes that way, and its checksum is computed again on the device and compared
+// with that of the bytes that were received, whether the store has one to compare with or not. One block of
 // device memory serves all reads: the stream does one thing after another anyway.
 //
 // A read lies in its buffer as it does in the object's blocks: where the source is a file, the disk writes
@@ -44,7 +45,7 @@ struct StagingOptions {
   uint64_t expected_bytes = UINT64_MAX;  // no more is page-locked than so many bytes to read need
   uint64_t block_bytes = 64 << 20;       // of device memory for the block; no kernels with less than it needs
   size_t scatter_pieces = 16;            // from so many pieces of a read on, one kernel places them
-  bool verify_device = false;            // compute checksums again on the device; needs kernels
+  bool verify_device = false;            // compute every read's checksum again on the device; needs kernels
   bool trace = false;                    // keep the times of every read
 };
 
@@ -75,13 +76,15 @@ class StagedTransport final : public Transport {
   void submit(Read& read, Clock::time_point not_before) override;
   void cancel(const ReadOwner& owner) override;
   std::string_view path() const noexcept override;  // the source's, with "+staged-gpu"
-  std::string fallback_reason() const override { return source_->fallback_reason(); }
+  // The source's; without one, that kernels would have been used and why they were not.
+  std::string fallback_reason() const override;
   int connections() const noexcept override { return source_->connections(); }
 
   // Writes from now on come after what `consumer` (a stream of the device) has to do now: call it between
   // making destinations and submitting reads into them.
   void follow(cuda::Stream consumer);
-  // What `consumer` does from now on comes after all that was enqueued here.
+  // What `consumer` does from now on comes after all that was enqueued here. Of reads that have completed the
+  // host has seen the end already; this is the order between streams that the contract with torch asks for.
   void lead(cuda::Stream consumer);
   // The stream that writes to destinations; it lives as long as the process.
   cuda::Stream stream() const noexcept { return stream_; }
@@ -129,6 +132,8 @@ class StagedTransport final : public Transport {
   Status block_status_;                // Guarded by block_mutex_.
   std::optional<DeviceBuffer> block_;  // Guarded by block_mutex_. As large as a slot; made when first needed.
 
+  std::atomic<bool> missed_kernels_{
+      false};  // a read of many pieces was copied piece by piece for want of them
   std::atomic<bool> stopping_{false};
   mutable std::mutex mutex_;
   std::condition_variable enqueued_;

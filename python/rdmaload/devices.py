@@ -26,7 +26,15 @@ from rdmaload.tensors import TensorSpec, torch_dtype
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DeviceAllocator", "DeviceRoad", "TorchAllocator", "allocator", "checked_device", "open_road"]
+__all__ = [
+    "DeviceAllocator",
+    "DeviceRoad",
+    "TorchAllocator",
+    "allocator",
+    "checked_device",
+    "copy_in_slices",
+    "open_road",
+]
 
 _log = logging.getLogger("rdmaload")
 
@@ -170,7 +178,14 @@ class DeviceRoad:
         """Why GPUDirect Storage, or GPUDirect RDMA, is not used where it could have been."""
         if isinstance(source, _core.FileTransport) and options.file_io != "buffered" and options.gds == "auto":
             try:
-                gds = _core.GdsTransport(source, self.staged, device=ordinal, read_bytes=read_bytes, device_bytes=part)
+                gds = _core.GdsTransport(
+                    source,
+                    self.staged,
+                    device=ordinal,
+                    read_bytes=read_bytes,
+                    device_bytes=part,
+                    verify_device=options.verify_device == "on",
+                )
             except NotSupportedError as error:
                 self.direct_refusal = str(error)
             else:
@@ -183,6 +198,8 @@ class DeviceRoad:
             except NotSupportedError as error:
                 self.direct_refusal = str(error)
         self.queued_bytes = max(options.staging_bytes, 2 * read_bytes)
+        self._not_here = ""
+        self._verified_before = 0
 
     @property
     def path(self) -> str:
@@ -192,8 +209,29 @@ class DeviceRoad:
     @property
     def fallback_reason(self) -> str:
         """Why a faster way was not taken; empty when none was given up."""
-        direct = "file-direct" in self.path or self.path.startswith("resp-rdma")
-        return self.transport.fallback_reason or (self.direct_refusal if direct else "")
+        is_direct = "file-direct" in self.path or self.path.startswith("resp-rdma")
+        direct = self.direct_refusal if is_direct else ""
+        return self.transport.fallback_reason or direct or self._not_here
+
+    def newly_verified_bytes(self) -> int:
+        """Bytes whose checksum the device has computed since the last call."""
+        verified = self.staged.staging_counters()["verified_bytes"]
+        if isinstance(self.transport, _core.GdsTransport):
+            verified += self.transport.verified_bytes
+        newly, self._verified_before = verified - self._verified_before, verified
+        return newly
+
+    def note_host_way(self, stats: LoadStats) -> None:
+        """A tensor was too large to be converted or rearranged on the device."""
+        self._note(
+            "tensors that are larger than device_extra_bytes leaves room for were converted in host memory", stats
+        )
+
+    def _note(self, reason: str, stats: LoadStats) -> None:
+        if not self._not_here:
+            self._not_here = reason
+            _log.warning("%s", reason)
+        stats.fallback_reason = stats.fallback_reason or reason
 
     def empty(self, spec: TensorSpec) -> torch.Tensor:
         """A tensor for what is stored."""
@@ -215,7 +253,11 @@ class DeviceRoad:
             if tensor.nbytes:
                 self._devices.record_stream(tensor, self._ordinal, self.staged.stream)
 
-    def converted(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def empty_as(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of another type than the stored one."""
+        return self._devices.empty(shape, dtype, self._ordinal)
+
+    def converted(self, tensor: torch.Tensor, dtype: torch.dtype, stats: LoadStats) -> torch.Tensor:
         """The tensor in another floating-point type; by a kernel on torch's current stream, or by torch."""
         source, target = _FLOATS.get(str(tensor.dtype)), _FLOATS.get(str(dtype))
         if source is None or target is None or not tensor.nbytes:
@@ -226,7 +268,24 @@ class DeviceRoad:
             self._ordinal, tensor.data_ptr(), source, made.data_ptr(), target, tensor.numel(), stream
         ):
             return made
+        self._note(f"torch converted on the GPU: {self.staged.no_kernels_reason}", stats)
         return tensor.to(dtype)
+
+
+def copy_in_slices(target: torch.Tensor, source: torch.Tensor, slice_bytes: int) -> None:
+    """Copy from the host to a device, where torch may need as much room again as a slice has, never more.
+
+    For a target that is not contiguous torch makes a contiguous copy of its type on the device first.
+    """
+    wide = source.numel() * max(source.element_size(), target.element_size())
+    if wide <= slice_bytes or source.numel() <= 1:
+        target.copy_(source)
+        return
+    dim = next(dim for dim, size in enumerate(source.shape) if size > 1)
+    step = max(1, source.shape[dim] * slice_bytes // wide)
+    for start in range(0, source.shape[dim], step):
+        count = min(step, source.shape[dim] - start)
+        copy_in_slices(target.narrow(dim, start, count), source.narrow(dim, start, count), slice_bytes)
 
 
 def open_road(

@@ -18,7 +18,7 @@ from rdmaload.targets import Targets
 from rdmaload.tensors import import_target
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 __all__ = ["Filling", "RoadTo"]
 
@@ -169,6 +169,8 @@ class Filling:
         # What is larger than the bound on a device goes through host memory, and from there in slices.
         large = {position: names for position, names in chosen.items() if self._size(position) > limit}
         small = {position: names for position, names in chosen.items() if position not in large}
+        if large:
+            road.note_host_way(stats)
         return _one_by_one(
             self._run_window(reader, stats, done.part(self._files(small)), small, limit, road),
             self._run_window(
@@ -203,7 +205,10 @@ class Filling:
             for batch in batches:
                 for position, name, tensor in placed_tensors(batch, self._weights, chosen):
                     with torch.no_grad():
-                        _copy(self._targets[name], tensor, slice_bytes)
+                        if slice_bytes is None:
+                            self._targets[name].copy_(tensor)
+                        else:
+                            devices.copy_in_slices(self._targets[name], tensor, slice_bytes)
                     self.loaded.append(name)
                     stats.bytes += self._size(position)
                     stats.copied_bytes += self._size(position) if road is None else 0
@@ -248,18 +253,6 @@ class _Progress:
 def _one_by_one(*parts: Generator[bool, None, None]) -> Generator[bool, None, None]:
     for part in parts:
         yield from part
-
-
-def _copy(target: torch.Tensor, source: torch.Tensor, slice_bytes: int | None) -> None:
-    """Copy; where the bytes come from the host and need room on a device, no more than so many at once."""
-    if slice_bytes is None or source.nbytes <= slice_bytes or source.numel() <= 1:
-        target.copy_(source)
-        return
-    dim = next(dim for dim, size in enumerate(source.shape) if size > 1)
-    step = max(1, source.shape[dim] * slice_bytes // source.nbytes)
-    for start in range(0, source.shape[dim], step):
-        count = min(step, source.shape[dim] - start)
-        _copy(target.narrow(dim, start, count), source.narrow(dim, start, count), slice_bytes)
 
 
 def _number(place: int | None) -> int:

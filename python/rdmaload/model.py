@@ -32,6 +32,7 @@ from rdmaload.errors import (
 )
 from rdmaload.file_manifest import resolve_files
 from rdmaload.generations import resolve_any
+from rdmaload.gpu_stream import stream_to_gpu
 from rdmaload.index import IndexFile
 from rdmaload.manifest import Manifest
 from rdmaload.node_group import NodeGroup
@@ -442,28 +443,24 @@ class Model:
             yield from self._stream(rank, device, dtype, include, exclude, stats, progress, fallback, False)
             return
         with self._load_report(stats, progress) as report:
-            if window is None and dtype is not None:  # what is not converted yet is extra
-                window = self._connector.options.device_extra_bytes
-            plans = plans_of(self._reader, weights, selection, window, into_tensors=True)
-            batches = self._reader.stream(
-                plans,
-                window_bytes=max(1, total) if window is None else window,
+            tensors = stream_to_gpu(
+                self._reader,
+                weights,
+                selection,
+                names,
+                road=road,
+                dtype=dtype,
+                window=window,
+                host_window=self._window(None),
                 stats=stats,
                 tick=report.expect(total, self._files_of(weights, selection)),
-                road=road,
-                empty=lambda plan: [road.empty(weights.specs[position]) for position, _, _ in plan.placements()],
             )
             try:
-                for batch in batches:
-                    for (position, _, _), tensor in zip(batch.plan.placements(), batch.tensors, strict=True):
-                        if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
-                            tensor = road.converted(tensor, dtype)
-                        stats.bytes += weights.specs[position].nbytes
-                        for name in names[position]:
-                            yield name, tensor
+                for name, tensor in tensors:
+                    yield name, tensor
                     self._check_open()
             finally:
-                batches.close()  # type: ignore[attr-defined]  # a generator: stops reading at once
+                tensors.close()  # type: ignore[attr-defined]  # a generator: stops reading at once
 
     def road_to(self, ordinal: int, stats: LoadStats, expected_bytes: int) -> DeviceRoad | None:
         """The road to the memory of a GPU; None, with the reason in `stats`, when there is none."""

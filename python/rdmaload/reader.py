@@ -405,6 +405,8 @@ class StoreReader:
         stats.unverified_bytes += counters["unverified_bytes"]
         stats.copied_bytes += counters["copied_bytes"]
         stats.cached_bytes += counters["cached_bytes"]
+        if batch.road is not None:
+            stats.device_verified_bytes += batch.road.newly_verified_bytes()
         stats.read_bytes += batch.plan.read_bytes
         for stage, seconds in (("read", counters["seconds"]), ("checksum", counters["checksum_seconds"])):
             stats.stages[stage] = stats.stages.get(stage, 0.0) + seconds

@@ -48,6 +48,8 @@ class LoadStats:
     generation: str | None = None
     cached_bytes: int = 0
     """The part of `read_bytes` that came from `cache_dir` and not from the store."""
+    device_verified_bytes: int = 0
+    """The part of `read_bytes` whose checksum was computed once more in GPU memory (`verify_device`)."""
 
     @property
     def gb_per_s(self) -> float:
@@ -71,6 +73,7 @@ class LoadStats:
             "read_bytes": self.read_bytes,
             "generation": self.generation,
             "cached_bytes": self.cached_bytes,
+            "device_verified_bytes": self.device_verified_bytes,
         }
 
 

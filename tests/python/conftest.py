@@ -1,6 +1,7 @@
 """Fixtures, markers and the leak check of every Python test.
 
-`RDMALOAD_REQUIRE=cuda,rdma` makes a test that needs missing hardware fail instead of being skipped.
+`RDMALOAD_REQUIRE=cuda,rdma` makes a test that needs missing hardware fail instead of being skipped. With `cuda` the
+tests of devices use this machine's GPUs; without, the fake driver, because a process has one.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def _missing(hardware: str) -> str | None:
         return None if found else "no RDMA device in /sys/class/infiniband"
     import torch
 
-    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None if "cuda" in _required() else "this process uses the fake driver: set RDMALOAD_REQUIRE=cuda"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -201,6 +204,14 @@ def _library_thread(thread: threading.Thread) -> bool:
     return type(thread).__module__.startswith("tqdm")  # its monitor lives as long as the process
 
 
+# A CUDA driver, and cuFile, open what they like and keep it for as long as the process lives.
+_DRIVERS_OWN = (
+    ("/dev/nvidia", "/dev/shm", "/memfd:", "anon_inode:", "pipe:", str(Path.cwd() / "cufile.log"))
+    if "cuda" in _required()
+    else ()
+)
+
+
 def _descriptors() -> set[str]:
     found = set()
     for entry in Path("/proc/self/fd").iterdir():
@@ -210,8 +221,7 @@ def _descriptors() -> set[str]:
             target = os.readlink(entry)
         except OSError:  # the descriptor of the listing itself
             continue
-        # A CUDA driver keeps its devices open for as long as the process lives.
-        if not target.startswith(("/proc/", "/dev/nvidia")):
+        if not target.startswith(("/proc/", *_DRIVERS_OWN)):
             found.add(f"descriptor {entry.name} -> {target}")
     return found
 

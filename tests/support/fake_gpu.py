@@ -57,6 +57,9 @@ def library() -> Path:
 class FakeGpu:
     """Two devices, and the `DeviceAllocator` of them. Make one per test; `close` says what is left."""
 
+    is_fake = True
+    ordinals = (0, 1)
+
     def __init__(self, seed: int = 1) -> None:
         path = str(library())
         _core.open_cuda_driver(path, b"any image")
@@ -98,11 +101,14 @@ class FakeGpu:
         assert result == 0, f"{function}: {result}"
 
     def _on(self, ordinal: int, function: str, *arguments: object) -> None:
+        mode = ctypes.c_int(2)  # relaxed, as torch calls the driver, whoever captures a graph meanwhile
+        self._check("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
         self._check("cuCtxPushCurrent_v2", self._contexts[ordinal])
         try:
             self._check(function, *arguments)
         finally:
             self._check("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+            self._check("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
 
     def state(self) -> dict[str, int]:
         state = _State()
@@ -115,8 +121,31 @@ class FakeGpu:
     def set_attribute(self, attribute: int, value: int) -> None:
         self._driver.fake_cuda_set_attribute(attribute, value)
 
+    def fail_work(self, nth: int, result: int) -> None:
+        self._driver.fake_cuda_fail_work(nth, result)
+
     def corrupt_copy(self, nth: int) -> None:
         self._driver.fake_cuda_corrupt_copy(nth)
+
+    def set_module_result(self, result: int) -> None:
+        """What loading the kernels ends with; a device that has them keeps them."""
+        self._driver.fake_cuda_set_module_result(result)
+
+    def begin_capture(self, ordinal: int) -> None:
+        """A CUDA graph is captured on the current stream of this device from now on."""
+        self._driver.fake_cuda_begin_capture(self._streams[ordinal])
+
+    def end_capture(self) -> bool:
+        """Whether nothing spoilt it."""
+        return bool(self._driver.fake_cuda_end_capture())
+
+    def late_copy(self, stream: int, ordinal: int, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Work of another stream that takes its time: old bytes, and in the end those of `source`, in host memory."""
+        on, pointer = ctypes.c_void_p(stream), ctypes.c_uint64(target.data_ptr())
+        for _ in range(30):
+            self._on(ordinal, "cuMemsetD32Async", pointer, 0xDEADBEEF, ctypes.c_size_t(target.nbytes // 4), on)
+        size = ctypes.c_size_t(target.nbytes)
+        self._on(ordinal, "cuMemcpyHtoDAsync_v2", pointer, ctypes.c_void_p(source.data_ptr()), size, on)
 
     def reset_peak(self) -> None:
         self._driver.fake_cuda_reset(ctypes.c_uint64(1))

@@ -126,13 +126,19 @@ def _gpus() -> Check:
 
         info = _core.cuda_driver_info()
         count = _core.cuda_device_count()
+        refusal = _core.kernels_refusal(0) if count else ""
     except (ImportError, RuntimeError) as err:  # NotSupportedError is one: this machine has no driver
         return Check("gpus", "ok", f"none ({str(err).partition(';')[0]})")
     version = int(info["version"])
     value = f"{count}, {info['library']} of CUDA {version // 1000}.{version % 1000 // 10}"
-    if info["kernels"]:
+    if not refusal:
         return Check("gpus", "ok", f"{value}, with kernels")
-    return Check("gpus", "warn", f"{value}, without kernels", "build with nvcc for verify_device and many tiny tensors")
+    remedy = (
+        "the driver or the GPU is older than the build's kernels: update the driver, or build with an older nvcc"
+        if info["kernels"]
+        else "build with nvcc for verify_device and many tiny tensors"
+    )
+    return Check("gpus", "warn", f"{value}, without kernels: {refusal}", remedy)
 
 
 def _tls() -> Check:

@@ -147,7 +147,8 @@ def _register_load(commands: Commands) -> None:
         "verified; with --against also compare every byte with safetensors files. Nothing is kept.",
         prints="Tensors, bytes, speed, path, and what was verified; with --json url, tensors and the fields of "
         "LoadStats (bytes, seconds, gb_per_s, stages, path, connections, retries, verified_bytes, "
-        "unverified_bytes, copied_bytes, read_bytes, generation, cached_bytes), and compared_bytes with --against.",
+        "unverified_bytes, copied_bytes, read_bytes, generation, cached_bytes, device_verified_bytes), and "
+        "compared_bytes with --against.",
         examples=[
             "rdmaload load redis://10.0.0.5/llama",
             "rdmaload load redis://10.0.0.5/llama --against /models/llama",

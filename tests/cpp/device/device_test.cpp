@@ -64,8 +64,8 @@ TEST_CASE("devices are found, others refused") {
 
 TEST_CASE("an error carries the driver's own name for it") {
   const FakeGpu gpu;
-  CHECK(gpu.driver.describe("cuSomething", cuda::kIllegalAddress) ==
-        "cuSomething: CUDA_ERROR_ILLEGAL_ADDRESS (700): an illegal memory access was encountered");
+  CHECK(gpu.driver.describe("cuSomething", cuda::kInvalidValue) ==
+        "cuSomething: CUDA_ERROR_INVALID_VALUE (1): invalid argument");
   CHECK(gpu.driver.describe("cuSomething", 12345).find("12345") != std::string::npos);
   gpu.set_memory(1 << 20);
   const auto [code, message] = error_of([&] { DeviceBuffer(gpu.device(), 2 << 20); });
@@ -74,6 +74,95 @@ TEST_CASE("an error carries the driver's own name for it") {
         "cuMemAlloc: CUDA_ERROR_OUT_OF_MEMORY (2): out of memory; 2097152 bytes were asked for on cuda:0, "
         "which has "
         "1048576 free");
+}
+
+TEST_CASE("an error that stays with the context says that this process is done with the device") {
+  const FakeGpu gpu;
+  for (const cuda::Result lasting :
+       {cuda::kIllegalAddress, cuda::kHardwareStackError, cuda::kContextLastError}) {
+    CHECK(gpu.driver.describe("call", lasting).find("start another one") != std::string::npos);
+  }
+  for (const cuda::Result passing :
+       {cuda::kOutOfMemory, cuda::kHostMemoryNotRegistered, cuda::kNotSupported}) {
+    CHECK(gpu.driver.describe("call", passing).find("start another one") == std::string::npos);
+  }
+}
+
+TEST_CASE("whatever this layer calls leaves a CUDA graph that is captured elsewhere whole") {
+  const FakeGpu gpu;
+  const uint64_t before = gpu.state().host_bytes;
+  const Stream captured(gpu.device());
+  int mode = cuda::kCaptureModeGlobal;
+  gpu.begin_capture(captured.handle());
+  {
+    const DeviceBuffer buffer(gpu.device(), 4096);
+    const Stream one(gpu.device()), two(gpu.device());
+    const Event event(gpu.device());
+    order_streams(gpu.device(), one.handle(), two.handle());
+    Device fresh(gpu.driver, 0);
+    CHECK(fresh.kernels() != nullptr);
+    fresh.memory_info();
+    const DmaBuf exported = export_dmabuf(gpu.device(), buffer.data(), 4096);
+    set_sync_memops(gpu.device(), buffer.data());
+    flush_gpudirect(gpu.device());
+    gpu.fail_call("cuMemHostRegister_v2", 1, cuda::kNotSupported);
+    const PinnedBuffer allocated(gpu.device(), 4096);
+    // What a load leaves is given up by a thread of the pool, seconds later.
+    PinnedPool pool(10'000, std::chrono::milliseconds(1));
+    pool.take(gpu.device(), 100).reset();
+    const Deadline soon = Deadline::after(std::chrono::seconds(60));
+    while (pool.kept_bytes() > 0 && !soon.passed()) std::this_thread::yield();
+    CHECK(pool.kept_bytes() == 0);
+  }
+  gpu.driver.check("exchange", gpu.driver.exchange_capture_mode(&mode));
+  CHECK(mode == cuda::kCaptureModeGlobal);  // each thread is left in the mode that it had
+  gpu.driver.check("exchange", gpu.driver.exchange_capture_mode(&mode));
+  CHECK(gpu.end_capture());
+  CHECK(gpu.state().host_bytes == before);
+
+  gpu.begin_capture(captured.handle());  // and the fake does notice
+  size_t free_bytes = 0, total_bytes = 0;
+  gpu.driver.check("push", gpu.driver.context_push(gpu.device().context()));
+  CHECK(gpu.driver.memory_info(&free_bytes, &total_bytes) == cuda::kStreamCaptureUnsupported);
+  cuda::Context popped = nullptr;
+  gpu.driver.check("pop", gpu.driver.context_pop(&popped));
+  CHECK_FALSE(gpu.end_capture());
+}
+
+TEST_CASE("a stream that is being captured is not waited for, nor made to wait") {
+  const FakeGpu gpu;
+  const Stream captured(gpu.device()), other(gpu.device());
+  gpu.begin_capture(captured.handle());
+  for (const bool first : {true, false}) {
+    const auto [code, message] = error_of([&] {
+      order_streams(gpu.device(), first ? captured.handle() : other.handle(),
+                    first ? other.handle() : captured.handle());
+    });
+    CHECK(code == ErrorCode::kDevice);
+    CHECK(message.find("captures a CUDA graph") != std::string::npos);
+  }
+  CHECK(gpu.end_capture());
+}
+
+TEST_CASE("a GPU below what the kernels were built for has none, and the reason names it") {
+  const FakeGpu gpu;
+  gpu.set_attribute(cuda::kAttributeComputeMajor, 6);
+  gpu.set_attribute(cuda::kAttributeComputeMinor, 1);
+  for (const cuda::Result refusal : {cuda::kNoBinaryForGpu, cuda::kUnsupportedPtxVersion}) {
+    gpu.set_module_result(refusal);
+    Device device(gpu.driver, 0);
+    std::string why;
+    CHECK(device.kernels(&why) == nullptr);
+    CHECK(why.find("Fake GPU 0, compute capability 6.1, driver of CUDA 13.0") != std::string::npos);
+    CHECK(why.find("(" + std::to_string(refusal) + ")") != std::string::npos);
+    gpu.set_module_result(0);
+    CHECK(device.kernels() == nullptr);  // not asked again
+  }
+  gpu.set_module_result(cuda::kOutOfMemory);
+  Device device(gpu.driver, 0);
+  CHECK(device.kernels() == nullptr);
+  gpu.set_module_result(0);
+  CHECK(device.kernels() != nullptr);  // this may work another time
 }
 
 TEST_CASE("a guard leaves the thread as it was, also when something throws") {

@@ -53,6 +53,9 @@ class FakeGpu {
     function<void(unsigned)>("fake_cuda_set_delay")(microseconds);
   }
   void hold(bool held) const { function<void(int)>("fake_cuda_hold")(held ? 1 : 0); }
+  void begin_capture(cuda::Stream stream) const { function<void(void*)>("fake_cuda_begin_capture")(stream); }
+  bool end_capture() const { return function<int()>("fake_cuda_end_capture")() != 0; }
+  void set_module_result(int result) const { function<void(int)>("fake_cuda_set_module_result")(result); }
   void set_lenient() const { function<void(int)>("fake_cuda_set_lenient")(1); }
   void set_attribute(int attribute, int value) const {
     function<void(int, int)>("fake_cuda_set_attribute")(attribute, value);

@@ -73,17 +73,19 @@ struct Fixture {
     std::shared_ptr<StagedTransport> staged;
     std::shared_ptr<GdsTransport> gds;
   };
-  Road road(const CuFile& cufile, int workers = 3) {
+  Road road(const CuFile& cufile, int workers = 3, bool verify_device = false) {
     Road made;
     made.files = std::make_shared<FileTransport>(directory.path().string(), file_options());
     StagingOptions staging;
     staging.read_bytes = kChunk;
     staging.staging_bytes = 200'000;
+    staging.verify_device = verify_device;
     made.staged = std::make_shared<StagedTransport>(made.files, device, staging);
     GdsOptions options;
     options.read_bytes = kChunk;
     options.workers = workers;
     options.scatter_pieces = 3;
+    options.verify_device = verify_device;
     made.gds = std::make_shared<GdsTransport>(made.files, made.staged, device, cufile, options);
     return made;
   }
@@ -172,6 +174,61 @@ TEST_CASE("every byte arrives, checksummed on the device, on either device and i
     CHECK(after.device_allocations == before.device_allocations);
     CHECK(after.host_bytes == before.host_bytes);
     CHECK(after.events == before.events);
+  }
+}
+
+TEST_CASE("a load by cuFile leaves a CUDA graph that is captured meanwhile whole") {
+  Fixture fixture;
+  const CuFile cufile(RDMALOAD_FAKE_CUDA);
+  const Stream captured(fixture.device);
+  fixture.gpu.begin_capture(captured.handle());
+  {
+    Fixture::Road road = fixture.road(cufile);
+    const auto [status, right] = fixture.load(road);
+    CAPTURE(status.message());
+    CHECK(status.ok());
+    CHECK(right);
+    CHECK(road.gds->path() == "file-gds");
+  }
+  PinnedPool::process().release();
+  CHECK(fixture.gpu.end_capture());
+}
+
+TEST_CASE("with verify_device, what has no checksum to compare with goes through the ring, which checks it") {
+  for (const bool checksums : {true, false}) {
+    CAPTURE(checksums);
+    Fixture fixture(1, checksums);
+    const CuFile cufile(RDMALOAD_FAKE_CUDA);
+    Fixture::Road road = fixture.road(cufile, 3, true);
+    if (!checksums) fixture.gpu.corrupt_copy(1);  // the first is of bytes, not of a table of pieces
+    const auto [status, right] = fixture.load(road);
+    CAPTURE(status.message());
+    CHECK(status.ok());
+    CHECK(right);
+    CHECK(road.gds->path() == (checksums ? "file-gds" : "file-direct+staged-gpu"));
+    CHECK((road.gds->fallback_reason().find("verify_device") == 0) == !checksums);
+    CHECK(fixture.retries == (checksums ? 0 : 1));
+    CHECK(road.staged->counters().verified_bytes == (checksums ? 0 : fixture.plan->read_bytes));
+  }
+}
+
+TEST_CASE("without kernels, what has checksums goes through the ring, and the rest by cuFile") {
+  for (const bool checksums : {true, false}) {
+    CAPTURE(checksums);
+    Fixture fixture(1, checksums);
+    fixture.gpu.set_module_result(cuda::kNoBinaryForGpu);
+    Device device(fixture.gpu.driver, 0);
+    const CuFile cufile(RDMALOAD_FAKE_CUDA);
+    Fixture::Road road = fixture.road(cufile);
+    GdsOptions options;
+    options.read_bytes = Fixture::kChunk;
+    road.gds = std::make_shared<GdsTransport>(road.files, road.staged, device, cufile, options);
+    const auto [status, right] = fixture.load(road);
+    CHECK(status.ok());
+    CHECK(right);
+    CHECK(road.gds->path() == (checksums ? "file-direct+staged-gpu" : "file-gds"));
+    CHECK((road.gds->fallback_reason().find("CUDA_ERROR_NO_BINARY_FOR_GPU") != std::string::npos) ==
+          checksums);
   }
 }
 

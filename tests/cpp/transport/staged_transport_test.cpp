@@ -6,6 +6,7 @@
 #include <fcntl.h>
 
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <numeric>
 #include <string>
@@ -33,14 +34,15 @@ Deadline soon() { return Deadline::after(kSoon); }
 
 // A model of small and large tensors in chunks, and loads of all of it into device memory of their own.
 struct Fixture {
-  explicit Fixture(uint64_t seed = 1, int ordinal = 0) : gpu(seed), device(gpu.device(ordinal)) {
+  explicit Fixture(uint64_t seed = 1, int ordinal = 0, bool checksums = true)
+      : gpu(seed), device(gpu.device(ordinal)) {
     std::vector<int64_t> sizes;
     std::mt19937_64 random(seed);
     for (int i = 0; i < 60; ++i)
       sizes.push_back(static_cast<int64_t>(testing::pick(random, 0, i % 10 ? 900 : 90'000)));
     model.add_file(sizes, seed);
     model.add_blocks(200'000, 50'000, seed + 1);
-    model.divide(kChunk, true, true);
+    model.divide(kChunk, true, checksums);
     std::vector<uint32_t> selection(model.index.tensors().size());
     std::iota(selection.begin(), selection.end(), 0u);
     plan = std::make_shared<LoadPlan>(plan_into_tensors(model.index, model.layout, selection, {}));
@@ -177,6 +179,55 @@ TEST_CASE("what a consumer still does with memory does not come after the load's
   CHECK(fixture.sees(target, consumer.handle()));
 }
 
+TEST_CASE("what was enqueued is done before what a consumer enqueues after lead()") {
+  Fixture fixture;
+  const auto bytes = testing::random_bytes(50'000, 3);
+  const PinnedBuffer pinned(fixture.device, bytes.size());
+  std::memcpy(pinned.span().data(), bytes.data(), bytes.size());
+  const DeviceBuffer target(fixture.device, bytes.size());
+  const Stream consumer(fixture.device);
+  StagedTransport staged(fixture.source(), fixture.device, fixture.options());
+  {  // late work of the copy stream, which no host has waited for
+    const DeviceGuard guard(fixture.device);
+    for (int i = 0; i < 30; ++i) {
+      fixture.gpu.driver.check("fill", fixture.gpu.driver.fill_words(target.data(), 0xdeadbeef,
+                                                                     target.size() / 4, staged.stream()));
+    }
+    fixture.gpu.driver.check("copy", fixture.gpu.driver.copy_to_device(target.data(), pinned.span().data(),
+                                                                       bytes.size(), staged.stream()));
+  }
+  staged.lead(consumer.handle());
+  CHECK(fixture.gpu.read(fixture.device, target.data(), bytes.size(), consumer.handle()) == bytes);
+}
+
+TEST_CASE("a load leaves a CUDA graph that is captured meanwhile whole, and does not become a part of one") {
+  for (uint64_t seed = 1; seed <= 4; ++seed) {
+    CAPTURE(seed);
+    Fixture fixture(seed);
+    const Fixture::Target target(fixture.device, *fixture.plan);
+    const Stream consumer(fixture.device), captured(fixture.device);
+    StagingOptions options = fixture.options(3);
+    options.scatter_pieces = 3;
+    options.verify_device = seed % 2 == 0;
+    fixture.gpu.begin_capture(captured.handle());
+    {
+      const auto staged = std::make_shared<StagedTransport>(fixture.source(), fixture.device, options);
+      CHECK_THROWS_WITH_AS(staged->follow(captured.handle()), doctest::Contains("captures a CUDA graph"),
+                           Error);
+      staged->follow(consumer.handle());
+      const auto load = fixture.load(staged, target);
+      load->start();
+      REQUIRE(load->wait(soon()));
+      CAPTURE(status_of(*load).message());
+      CHECK(status_of(*load).ok());
+      staged->lead(consumer.handle());
+      CHECK(fixture.sees(target, consumer.handle()));
+    }
+    PinnedPool::process().release();
+    CHECK(fixture.gpu.end_capture());
+  }
+}
+
 TEST_CASE("a load is not over before its copies are") {
   Fixture fixture;
   const Fixture::Target target(fixture.device, *fixture.plan);
@@ -287,6 +338,18 @@ TEST_CASE("a copy that breaks the context is the load's error") {
     REQUIRE(load->wait(soon()));
     CHECK(status_of(*load).code() == ErrorCode::kDevice);
     CHECK(status_of(*load).message().find("CUDA_ERROR_ILLEGAL_ADDRESS") != std::string::npos);
+    CHECK(status_of(*load).message().find("start another one") != std::string::npos);
+  }
+  {  // the other device is as ever, and this one refuses at once
+    Device& other = fixture.gpu.device(1);
+    const Fixture::Target elsewhere(other, *fixture.plan);
+    const auto staged = std::make_shared<StagedTransport>(fixture.source(), other, fixture.options());
+    const auto load = fixture.load(staged, elsewhere);
+    load->start();
+    REQUIRE(load->wait(soon()));
+    CHECK(status_of(*load).ok());
+    CHECK_THROWS_WITH_AS(StagedTransport(fixture.source(), fixture.device, fixture.options()),
+                         doctest::Contains("CUDA_ERROR_ILLEGAL_ADDRESS"), Error);
   }
 }
 
@@ -305,6 +368,25 @@ TEST_CASE("a bit that flips on the way to the device is found where that is aske
     CHECK(status_of(*load).ok());
     CHECK(load->counters().retries == (verify ? 1 : 0));
     CHECK(fixture.sees(target, fixture.device.copy_stream()) == verify);
+  }
+}
+
+TEST_CASE("without stored checksums the way to the device is checked against what was received") {
+  for (const bool verify : {true, false}) {
+    Fixture fixture(3, 0, false);
+    const Fixture::Target target(fixture.device, *fixture.plan);
+    StagingOptions options = fixture.options();
+    options.verify_device = verify;
+    const auto staged = std::make_shared<StagedTransport>(fixture.source(1), fixture.device, options);
+    fixture.gpu.corrupt_copy(1);
+    const auto load = fixture.load(staged, target);
+    load->start();
+    REQUIRE(load->wait(soon()));
+    CHECK(status_of(*load).ok());
+    CHECK(load->counters().retries == (verify ? 1 : 0));
+    CHECK(fixture.sees(target, fixture.device.copy_stream()) == verify);
+    CHECK(staged->counters().verified_bytes == (verify ? fixture.plan->read_bytes : 0));
+    CHECK(load->counters().verified_bytes == 0);  // the store vouches for nothing
   }
 }
 
@@ -419,6 +501,27 @@ TEST_CASE("verification on the device needs kernels") {
   CHECK(staged.no_kernels_reason().find("nvcc") != std::string::npos);
   options.verify_device = true;
   CHECK_THROWS_AS(StagedTransport(fixture.source(), device, options), Error);
+}
+
+TEST_CASE("where a GPU cannot run the kernels, pieces are copied one by one, and the reason is said") {
+  Fixture fixture;
+  fixture.gpu.set_module_result(cuda::kNoBinaryForGpu);
+  Device device(fixture.gpu.driver, 0);
+  const Fixture::Target target(device, *fixture.plan);
+  for (const size_t scatter_pieces : {size_t{3}, SIZE_MAX}) {
+    StagingOptions options = fixture.options();
+    options.scatter_pieces = scatter_pieces;
+    const auto staged = std::make_shared<StagedTransport>(fixture.source(), device, options);
+    CHECK(staged->fallback_reason() == "");  // nothing was given up yet
+    const auto load = fixture.load(staged, target);
+    load->start();
+    REQUIRE(load->wait(soon()));
+    CHECK(status_of(*load).ok());
+    CHECK(fixture.sees(target, device.copy_stream()));
+    CHECK(staged->counters().scattered_pieces == 0);
+    CHECK((staged->fallback_reason().find("CUDA_ERROR_NO_BINARY_FOR_GPU") != std::string::npos) ==
+          (scatter_pieces == 3));
+  }
 }
 
 TEST_CASE("destroying it completes what is outstanding") {

@@ -37,6 +37,14 @@ void fake_cuda_corrupt_copy(int nth);
 void fake_cuda_set_delay(unsigned max_microseconds);
 // Streams stop before their next work while held.
 void fake_cuda_hold(int held);
+// A CUDA graph is captured on this stream in the default ("global") mode from now on, as by another library:
+// a thread that calls the driver without having stepped out of that mode gets an error and spoils the
+// capture.
+void fake_cuda_begin_capture(void* stream);
+// Ends it; 1 when it was not spoilt.
+int fake_cuda_end_capture();
+// What cuModuleLoadDataEx returns from now on; 0 is success. The real one looks at the GPU and the image.
+void fake_cuda_set_module_result(int result);
 // While lenient, any memory counts as every device's: for tests that are not about where memory lies.
 void fake_cuda_set_lenient(int lenient);
 void fake_cuda_set_attribute(int attribute, int value);

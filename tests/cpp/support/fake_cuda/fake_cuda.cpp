@@ -61,6 +61,7 @@ struct ContextState {
 };
 
 thread_local std::vector<cuda::Context> context_stack;
+thread_local int capture_mode = cuda::kCaptureModeGlobal;
 
 // One mutex guards everything but the copying itself.
 struct Driver {
@@ -81,6 +82,9 @@ struct Driver {
   std::atomic<unsigned> delay{200};
   bool held = false;
   bool lenient = false;
+  bool capturing = false, capture_spoilt = false;
+  cuda::Stream captured = nullptr;
+  int module_result = 0;
   FakeCudaState state{};
   std::map<int, int> attributes;
   std::vector<std::pair<uintptr_t, std::vector<char>>> unseen;  // a card's writes that were not flushed
@@ -115,6 +119,12 @@ cuda::Result enter_locked(const char* symbol, bool needs_context = true) {
   if (!needs_context) return cuda::kSuccess;
   const int device = current_device();
   if (device < 0) return cuda::kInvalidContext;
+  // A real driver lets some calls pass. None of ours is made without stepping out of the mode, so none passes
+  // here.
+  if (d.capturing && capture_mode != cuda::kCaptureModeRelaxed) {
+    d.capture_spoilt = true;
+    return cuda::kStreamCaptureUnsupported;
+  }
   return d.broken[device];
 }
 
@@ -187,6 +197,10 @@ std::shared_ptr<StreamState> stream_locked(cuda::Stream handle) {
 cuda::Result enqueue_locked(cuda::Stream handle, std::function<void()> work) {
   const auto stream = stream_locked(handle);
   if (!stream || stream->device != current_device()) return cuda::kInvalidHandle;
+  if (driver().capturing && handle == driver().captured) {  // it would be a part of the graph
+    driver().capture_spoilt = true;
+    return cuda::kStreamCaptureUnsupported;
+  }
   stream->work.push_back(std::move(work));
   driver().changed.notify_all();
   return cuda::kSuccess;
@@ -243,6 +257,10 @@ const std::map<int, std::pair<const char*, const char*>>& error_texts() {
       {100, {"CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"}},
       {101, {"CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"}},
       {201, {"CUDA_ERROR_INVALID_CONTEXT", "invalid device context"}},
+      {209, {"CUDA_ERROR_NO_BINARY_FOR_GPU", "no kernel image is available for execution on the device"}},
+      {222,
+       {"CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
+        "the provided PTX was compiled with an unsupported toolchain."}},
       {400, {"CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"}},
       {500, {"CUDA_ERROR_NOT_FOUND", "named symbol not found"}},
       {600, {"CUDA_ERROR_NOT_READY", "device not ready"}},
@@ -254,6 +272,7 @@ const std::map<int, std::pair<const char*, const char*>>& error_texts() {
        {"CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED",
         "pointer does not correspond to a registered memory region"}},
       {801, {"CUDA_ERROR_NOT_SUPPORTED", "operation not supported"}},
+      {900, {"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"}},
   };
   return *texts;
 }
@@ -263,6 +282,11 @@ const std::map<int, std::pair<const char*, const char*>>& error_texts() {
 bool fake_cuda::reached_by_current_device(uintptr_t pointer, size_t bytes) {
   const int device = current_device();
   return device >= 0 && reaches(device, pointer, bytes);
+}
+
+void fake_cuda::call_driver() {
+  std::lock_guard lock(driver().mutex);
+  if (driver().capturing && capture_mode != cuda::kCaptureModeRelaxed) driver().capture_spoilt = true;
 }
 
 void fake_cuda::pause() {
@@ -474,6 +498,16 @@ EXPORT cuStreamDestroy_v2(cuda::Stream handle) {
   stream->thread.join();
   return 0;
 }
+EXPORT cuStreamIsCapturing(cuda::Stream handle, int* status) {
+  ENTER("cuStreamIsCapturing", false);
+  *status = d.capturing && handle == d.captured ? 1 : cuda::kCaptureStatusNone;
+  return 0;
+}
+EXPORT cuThreadExchangeStreamCaptureMode(int* mode) {
+  ENTER("cuThreadExchangeStreamCaptureMode", false);
+  std::swap(*mode, capture_mode);
+  return 0;
+}
 EXPORT cuStreamSynchronize(cuda::Stream handle) {
   ENTER("cuStreamSynchronize");
   const int device = current_device();
@@ -536,6 +570,7 @@ EXPORT cuStreamWaitEvent(cuda::Stream stream, cuda::Event handle, unsigned) {
 }
 EXPORT cuModuleLoadDataEx(cuda::Module* module, const void*, unsigned, int*, void**) {
   ENTER("cuModuleLoadDataEx");
+  if (d.module_result != 0) return d.module_result;
   *module = static_cast<cuda::Module>(d.handle());
   return 0;
 }
@@ -576,7 +611,8 @@ EXPORT cuMemGetHandleForAddressRange(void* handle, cuda::Pointer pointer, size_t
   if (after == d.ranges.begin()) return cuda::kInvalidValue;
   const auto& [begin, range] = *std::prev(after);
   const uint64_t whole_pages = (range.size + page - 1) / page * page;
-  if (range.freed || range.device != current_device() || bytes > whole_pages - (pointer - begin)) {
+  if (range.freed || range.device != current_device() || pointer - begin > whole_pages ||
+      bytes > whole_pages - (pointer - begin)) {
     return cuda::kInvalidValue;
   }
   const int fd = memfd_create("fake-dmabuf", MFD_CLOEXEC);
@@ -623,7 +659,8 @@ CONTROL fake_cuda_reset(uint64_t seed) {
   std::fill(std::begin(d.broken), std::end(d.broken), 0);
   d.random.seed(seed);
   d.delay = 200;
-  d.held = d.lenient = false;
+  d.held = d.lenient = d.capturing = false;
+  d.module_result = 0;
   d.memory_bytes = uint64_t{1} << 30;
   d.attributes = {{cuda::kAttributeComputeMajor, 9},
                   {cuda::kAttributeGpuDirectSupported, 1},
@@ -658,6 +695,21 @@ CONTROL fake_cuda_hold(int held) {
   std::lock_guard lock(driver().mutex);
   driver().held = held != 0;
   driver().changed.notify_all();
+}
+CONTROL fake_cuda_begin_capture(void* stream) {
+  std::lock_guard lock(driver().mutex);
+  driver().capturing = true;
+  driver().capture_spoilt = false;
+  driver().captured = static_cast<cuda::Stream>(stream);
+}
+extern "C" __attribute__((visibility("default"))) int fake_cuda_end_capture() {
+  std::lock_guard lock(driver().mutex);
+  driver().capturing = false;
+  return driver().capture_spoilt ? 0 : 1;
+}
+CONTROL fake_cuda_set_module_result(int result) {
+  std::lock_guard lock(driver().mutex);
+  driver().module_result = result;
 }
 CONTROL fake_cuda_set_lenient(int lenient) {
   std::lock_guard lock(driver().mutex);

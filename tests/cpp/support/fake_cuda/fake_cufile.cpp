@@ -59,6 +59,7 @@ EXPORT cufile::Error cuFileSetParameterBool(int parameter, bool value) {
   return {0, 0};
 }
 EXPORT cufile::Error cuFileDriverOpen() {
+  fake_cuda::call_driver();
   std::lock_guard lock(state().mutex);
   if (state().open_result != 0) return {state().open_result, 0};
   state().opened = true;
@@ -74,6 +75,7 @@ EXPORT cufile::Error cuFileDriverGetProperties(cufile::Properties* properties) {
   return {0, 0};
 }
 EXPORT cufile::Error cuFileHandleRegister(cufile::Handle* handle, cufile::Descriptor* descriptor) {
+  fake_cuda::call_driver();
   State& s = state();
   std::lock_guard lock(s.mutex);
   if (!s.opened) return {cufile::kDriverNotInitialized, 0};
@@ -90,10 +92,12 @@ EXPORT cufile::Error cuFileHandleRegister(cufile::Handle* handle, cufile::Descri
   return {0, 0};
 }
 EXPORT void cuFileHandleDeregister(cufile::Handle handle) {
+  fake_cuda::call_driver();
   std::lock_guard lock(state().mutex);
   state().counters.handles -= state().handles.erase(handle);
 }
 EXPORT cufile::Error cuFileBufRegister(const void* buffer, size_t bytes, int) {
+  fake_cuda::call_driver();
   State& s = state();
   std::lock_guard lock(s.mutex);
   const auto begin = reinterpret_cast<uintptr_t>(buffer);
@@ -104,6 +108,7 @@ EXPORT cufile::Error cuFileBufRegister(const void* buffer, size_t bytes, int) {
   return {0, 0};
 }
 EXPORT cufile::Error cuFileBufDeregister(const void* buffer) {
+  fake_cuda::call_driver();
   std::lock_guard lock(state().mutex);
   if (state().buffers.erase(reinterpret_cast<uintptr_t>(buffer)) == 0)
     return {cufile::kMemoryNotRegistered, 0};
@@ -112,6 +117,7 @@ EXPORT cufile::Error cuFileBufDeregister(const void* buffer) {
 }
 EXPORT ssize_t cuFileRead(cufile::Handle handle, void* buffer, size_t bytes, off_t file_offset,
                           off_t buffer_offset) {
+  fake_cuda::call_driver();
   State& s = state();
   int fd = -1;
   {
