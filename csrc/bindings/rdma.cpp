@@ -50,9 +50,10 @@ py::dict describe(const rdma::Card& card) {
 // Its destruction waits for reads, which may need the GIL; in a forked process there is nobody to wait for.
 std::shared_ptr<rdma::DeviceTransport> make_device_transport(std::shared_ptr<rdma::RdmaTransport> network,
                                                              std::shared_ptr<StagedTransport> staged,
-                                                             int device) {
+                                                             int device, bool verify_device) {
   py::gil_scoped_release release;
-  return {new rdma::DeviceTransport(std::move(network), std::move(staged), Device::get(device)),
+  Device& on = Device::get(device);
+  return {new rdma::DeviceTransport(std::move(network), std::move(staged), on, verify_device),
           [maker = getpid()](rdma::DeviceTransport* doomed) {
             if (getpid() != maker) return;
             if (PyGILState_Check() == 0) {
@@ -101,7 +102,8 @@ void register_rdma(py::module_& module) {
   py::class_<rdma::DeviceTransport, Transport, std::shared_ptr<rdma::DeviceTransport>>(module,
                                                                                        "RdmaDeviceTransport")
       .def(py::init(&make_device_transport), py::arg("network"), py::arg("staged"), py::kw_only(),
-           py::arg("device"))
+           py::arg("device"), py::arg("verify_device") = false)
+      .def_property_readonly("verified_bytes", &rdma::DeviceTransport::verified_bytes)
       .def(
           "follow",
           [](rdma::DeviceTransport& self, uint64_t stream) {

@@ -24,6 +24,7 @@ Device::Device(const Driver& driver, int ordinal) : driver_(driver), ordinal_(or
     throw Error(ErrorCode::kDevice, "there is no CUDA device " + std::to_string(ordinal) +
                                         ": the driver sees " + std::to_string(count));
   }
+  const CaptureModeGuard mode(driver_);  // the context may be made now
   driver_.check("cuDeviceGet", driver_.device_get(&handle_, ordinal));
   driver_.check("cuDevicePrimaryCtxRetain", driver_.context_retain(&context_, handle_));
 }

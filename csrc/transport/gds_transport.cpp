@@ -183,9 +183,8 @@ std::optional<Status> GdsTransport::perform(Read& read) {
   }
   if (options_.verify_device && !read.checksum) {
     refuse(
-        "verify_device: without a stored checksum nothing shows that GPUDirect Storage read right, so files "
-        "go "
-        "through host memory");
+        "verify_device: without a stored checksum nothing shows that GPUDirect Storage read right, so "
+        "files go through host memory");
     return hand_on(read);
   }
   const auto handle = handle_of(read.object);

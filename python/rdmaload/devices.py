@@ -194,7 +194,9 @@ class DeviceRoad:
         self._network: _core.RdmaDeviceTransport | None = None
         if isinstance(source, _core.RdmaTransport) and options.gpudirect == "auto":
             try:
-                self._network = self.transport = _core.RdmaDeviceTransport(source, self.staged, device=ordinal)
+                self._network = self.transport = _core.RdmaDeviceTransport(
+                    source, self.staged, device=ordinal, verify_device=options.verify_device == "on"
+                )
             except NotSupportedError as error:
                 self.direct_refusal = str(error)
         self.queued_bytes = max(options.staging_bytes, 2 * read_bytes)
@@ -216,7 +218,7 @@ class DeviceRoad:
     def newly_verified_bytes(self) -> int:
         """Bytes whose checksum the device has computed since the last call."""
         verified = self.staged.staging_counters()["verified_bytes"]
-        if isinstance(self.transport, _core.GdsTransport):
+        if isinstance(self.transport, _core.GdsTransport | _core.RdmaDeviceTransport):
             verified += self.transport.verified_bytes
         newly, self._verified_before = verified - self._verified_before, verified
         return newly

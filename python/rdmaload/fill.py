@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING
 
 from rdmaload import _core, devices
 from rdmaload.devices import DeviceRoad
@@ -16,9 +15,6 @@ from rdmaload.selection import RankTensors, placed_tensors, plans_of
 from rdmaload.stats import LoadStats
 from rdmaload.targets import Targets
 from rdmaload.tensors import import_target
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Filling", "RoadTo"]
 

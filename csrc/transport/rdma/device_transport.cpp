@@ -52,11 +52,12 @@ void DeviceTransport::OwnerProxy::complete(Read& read, const Status& status) noe
 }
 
 DeviceTransport::DeviceTransport(std::shared_ptr<RdmaTransport> network,
-                                 std::shared_ptr<StagedTransport> staged, Device& device)
+                                 std::shared_ptr<StagedTransport> staged, Device& device, bool verify_device)
     : network_(std::move(network)),
       staged_(std::move(staged)),
       device_(device),
       driver_(device.driver()),
+      verify_device_(verify_device),
       kernels_(device.kernels(&no_kernels_reason_)),
       stream_(device),
       event_(device),
@@ -104,7 +105,8 @@ std::shared_ptr<DeviceTransport::OwnerProxy> DeviceTransport::proxy_locked(const
 void DeviceTransport::submit(Read& read, Clock::time_point not_before) {
   Entry* begin = nullptr;
   bool refused = false;
-  const bool staged = network_->has_left_rdma() || (read.checksum && kernels_ == nullptr);
+  const bool blind = verify_device_ && !read.checksum;
+  const bool staged = network_->has_left_rdma() || blind || (read.checksum && kernels_ == nullptr);
   {
     std::lock_guard lock(mutex_);
     refused = stopping_;
@@ -127,8 +129,9 @@ void DeviceTransport::submit(Read& read, Clock::time_point not_before) {
       }
     }
     if (!refused && staged && !network_->has_left_rdma() && refusal_.empty()) {
-      refusal_ = "GPU memory was filled through page-locked memory: no kernels to verify it there: " +
-                 no_kernels_reason_;
+      refusal_ = "GPU memory was filled through page-locked memory: ";
+      refusal_ += blind ? "verify_device has no stored checksum to compare with that of what a card wrote"
+                        : "no kernels to verify it there: " + no_kernels_reason_;
     }
   }
   if (refused) {
@@ -356,6 +359,7 @@ Status DeviceTransport::compute_checksums(const std::vector<std::unique_ptr<Entr
     if (!entry->checksum) continue;
     auto next_dropped = entry->fill.dropped_crcs.begin();
     entry->crc = 0;
+    verified_bytes_ += entry->length;
     for (const Segment& segment : entry->segments) {
       if (segment.size == 0) continue;
       entry->crc =

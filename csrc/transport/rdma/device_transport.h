@@ -38,8 +38,9 @@ class DeviceTransport final : public Transport {
  public:
   // `staged` reads from `network`. Throws kNotSupported, naming the reason, where nothing can go this way;
   // kDevice. Connections of `network` that are not made yet take the card nearest to the device.
+  // With `verify_device` what has no checksum to compare with goes the staged way, which checks it.
   DeviceTransport(std::shared_ptr<RdmaTransport> network, std::shared_ptr<StagedTransport> staged,
-                  Device& device);
+                  Device& device, bool verify_device = false);
   ~DeviceTransport() override;
 
   using Transport::submit;
@@ -55,6 +56,8 @@ class DeviceTransport final : public Transport {
   // Reads submitted from now on are written after what `consumer` (a stream of the device) has to do now.
   // Call it between making destinations and submitting reads into them, beside the staged transport's.
   void follow(cuda::Stream consumer);
+  // Bytes whose checksum was computed on the device; counted at each attempt.
+  uint64_t verified_bytes() const noexcept { return verified_bytes_; }
 
  private:
   class OwnerProxy;
@@ -76,6 +79,7 @@ class DeviceTransport final : public Transport {
   const std::shared_ptr<StagedTransport> staged_;
   Device& device_;
   const Driver& driver_;
+  const bool verify_device_;
   std::string no_kernels_reason_;
   const Kernels* const kernels_;
   const Stream stream_;  // of checksums
@@ -86,6 +90,7 @@ class DeviceTransport final : public Transport {
   std::atomic<bool> stopping_{false};
   std::atomic<bool> used_direct_{false};
   std::atomic<bool> handed_on_{false};
+  std::atomic<uint64_t> verified_bytes_{0};
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::condition_variable quiet_;

@@ -86,7 +86,7 @@ struct Fixture {
     std::shared_ptr<StagedTransport> staged;
     std::shared_ptr<DeviceTransport> direct;
   };
-  Road road(int connections = 2, bool fall_back = false) {
+  Road road(int connections = 2, bool fall_back = false, bool verify_device = false) {
     TransportOptions options;
     options.endpoint.host = "fake";
     options.endpoint.port = server.port();
@@ -108,8 +108,9 @@ struct Fixture {
     StagingOptions staging;
     staging.read_bytes = kChunk;
     staging.staging_bytes = 8 * kChunk;
+    staging.verify_device = verify_device;
     made.staged = std::make_shared<StagedTransport>(made.network, device, staging);
-    made.direct = std::make_shared<DeviceTransport>(made.network, made.staged, device);
+    made.direct = std::make_shared<DeviceTransport>(made.network, made.staged, device, verify_device);
     return made;
   }
 
@@ -196,6 +197,7 @@ TEST_CASE("a card writes every byte into GPU memory, the GPU verifies it, and th
     CHECK(road.direct->fallback_reason().empty());
     CHECK(road.staged->counters().copied_bytes == 0);
     for (const auto& read : fixture.reads) CHECK(read->copied_bytes == 0);
+    CHECK(road.direct->verified_bytes() == fixture.content.size());
     CHECK(fixture.gpu.state().card_writes >= fixture.reads.size());
     CHECK(fixture.network.refused_writes() == 0);
   }
@@ -312,6 +314,37 @@ TEST_CASE("a bit that flips on the way to the GPU is seen there") {
     if (fixture.reads[i]->crc != crc32c(0, fixture.chunk(i))) ++wrong;
   }
   CHECK(wrong == 1);
+}
+
+TEST_CASE("a CUDA graph that is captured meanwhile stays whole") {
+  Fixture fixture;
+  fixture.gpu.set_attribute(cuda::kAttributeWritesOrdering, 0);  // so that the driver is asked to flush
+  Stream consumer(fixture.device), captured(fixture.device);
+  fixture.gpu.begin_capture(captured.handle());
+  {
+    const auto road = fixture.road();
+    const auto blocks = fixture.destinations();
+    const auto lease = road.direct->prepare(blocks);
+    REQUIRE(fixture.read_all(road, consumer));
+    CHECK(fixture.is_complete(consumer));
+    CHECK(road.direct->path() == "resp-rdma+direct-gpu");
+  }
+  CHECK(fixture.gpu.end_capture());
+}
+
+TEST_CASE("verify_device: what has no checksum to compare with goes where its way can be checked") {
+  Fixture fixture;
+  for (size_t i = 0; i < fixture.reads.size(); i += 2) fixture.reads[i]->checksum = false;
+  Stream consumer(fixture.device);
+  const auto road = fixture.road(2, false, true);
+  const auto blocks = fixture.destinations();
+  const auto lease = road.direct->prepare(blocks);
+  REQUIRE(fixture.read_all(road, consumer));
+  CHECK(fixture.is_complete(consumer));
+  CHECK(road.direct->path() == "resp-rdma+direct-gpu+resp-rdma+staged-gpu");
+  CHECK(mentions(road.direct->fallback_reason(), "verify_device has no stored checksum"));
+  CHECK(road.direct->verified_bytes() == fixture.content.size() / 2);
+  CHECK(road.staged->counters().verified_bytes == fixture.content.size() / 2);
 }
 
 TEST_CASE("what cannot be registered goes through page-locked memory, which is said with the reason") {
