@@ -139,8 +139,8 @@ struct Fixture {
     }
     for (const auto& read : reads) made.direct->submit(*read);
     if (retry) {
-      while (done < reads.size()) {
-        if (!owner.wait_for(owner.count() + 1)) return false;
+      for (size_t seen = owner.count(); done < reads.size(); seen = owner.count()) {
+        if (!owner.wait_for(seen + 1)) return false;
       }
     } else if (!owner.wait_for(reads.size())) {
       return false;
