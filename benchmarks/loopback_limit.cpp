@@ -1,13 +1,14 @@
 // The raw limit of this machine's loopback: a process that sends, one that receives, no protocol, no
 // checksums.
 //
-//   loopback_limit BYTES CHUNK CONNECTIONS send|sendfile
+//   loopback_limit BYTES CHUNK CONNECTIONS send|sendfile|sendfile-huge
 //
 // The sender's process has BYTES in a memory file and sends them chunk by chunk, a thread per connection, by
-// send() from the mapping or by sendfile() from the file. The receiver has a thread per connection, too, and
-// receives into fresh memory with huge pages. Both sides' sockets are set as the weight server sets its own.
-// Every byte that arrives is one of its place (the low byte of its chunk's number), which is looked at after
-// the clock has stopped. Prints one line of JSON.
+// send() from the mapping or by sendfile() from the file, which has huge pages if so asked and if the system
+// gives them to shared memory. The receiver has a thread per connection, too, and receives into fresh memory
+// with huge pages. Both sides' sockets are set as the weight server sets its own. Every byte that arrives is
+// one of its place (the low byte of its chunk's number), which is looked at after the clock has stopped.
+// Prints one line of JSON; sender_cpu_seconds is of sending alone.
 
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -82,7 +83,8 @@ int main(int argc, char** argv) {
   const auto total = static_cast<size_t>(std::atoll(argv[1]));
   const auto chunk = static_cast<size_t>(std::atoll(argv[2]));
   const auto connections = static_cast<size_t>(std::atoll(argv[3]));
-  const bool by_file = std::string_view(argv[4]) == "sendfile";
+  const std::string_view how = argv[4];
+  const bool by_file = how == "sendfile" || how == "sendfile-huge";
   const size_t chunks = (total + chunk - 1) / chunk;
 
   const int listener = socket(AF_INET, SOCK_STREAM, 0);
@@ -102,10 +104,12 @@ int main(int argc, char** argv) {
     if (file < 0 || ftruncate(file, static_cast<off_t>(total)) != 0) die("memfd");
     void* mapped = mmap(nullptr, total, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     if (mapped == MAP_FAILED) die("mmap");
+    madvise(mapped, total, how == "sendfile-huge" ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
     char* data = static_cast<char*>(mapped);
     for (size_t i = 0; i < chunks; ++i) {
       std::memset(data + i * chunk, static_cast<int>(i & 0xff), std::min(chunk, total - i * chunk));
     }
+    const double filled = cpu_seconds(RUSAGE_SELF);
     if (write(ready[1], "r", 1) != 1) die("write");
     std::vector<std::thread> threads;
     for (size_t i = 0; i < connections; ++i) {
@@ -121,6 +125,8 @@ int main(int argc, char** argv) {
       });
     }
     for (std::thread& thread : threads) thread.join();
+    const double used = cpu_seconds(RUSAGE_SELF) - filled;
+    if (write(ready[1], &used, sizeof(used)) != sizeof(used)) die("write");
     std::_Exit(0);
   }
   char word = 0;
@@ -156,9 +162,11 @@ int main(int argc, char** argv) {
   const double cpu = cpu_seconds(RUSAGE_SELF) - cpu_start;
   int status = 0;
   if (waitpid(sender, &status, 0) != sender || status != 0) die("the sender failed");
+  double sender_cpu = 0;
+  if (read(ready[0], &sender_cpu, sizeof(sender_cpu)) != sizeof(sender_cpu)) die("the sender said nothing");
   for (size_t at = 0; at < total; ++at) {
     if (static_cast<unsigned char>(arena[at]) != ((at / chunk) & 0xff)) die("another byte arrived");
   }
   std::printf("{\"seconds\": %.6f, \"cpu_seconds\": %.6f, \"sender_cpu_seconds\": %.6f}\n", seconds, cpu,
-              cpu_seconds(RUSAGE_CHILDREN));
+              sender_cpu);
 }

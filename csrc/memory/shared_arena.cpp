@@ -9,10 +9,9 @@
 
 namespace rdmaload {
 
-SharedArena::SharedArena(size_t bytes) : size_(bytes) {
-  const size_t page = page_bytes();
+SharedArena::SharedArena(size_t bytes, size_t page_bytes) : size_(bytes), page_bytes_(page_bytes) {
   if (bytes == 0 || bytes > std::numeric_limits<size_t>::max() / 2) throw std::bad_alloc();
-  size_ = (bytes + page - 1) / page * page;
+  size_ = (bytes + page_bytes - 1) / page_bytes * page_bytes;
   fd_ = memfd_create("rdmaload", MFD_CLOEXEC);
   if (fd_ < 0) throw std::bad_alloc();
   void* mapping = MAP_FAILED;
@@ -24,7 +23,7 @@ SharedArena::SharedArena(size_t bytes) : size_(bytes) {
     throw std::bad_alloc();
   }
   data_ = static_cast<std::byte*>(mapping);
-  madvise(data_, size_, MADV_NOHUGEPAGE);  // a hint to systems that are set to give shared memory huge pages
+  madvise(data_, size_, MADV_HUGEPAGE);
 }
 
 SharedArena::~SharedArena() {
@@ -35,11 +34,6 @@ SharedArena::~SharedArena() {
 bool SharedArena::forget(size_t offset, size_t length) noexcept {
   return fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
                    static_cast<off_t>(length)) == 0;
-}
-
-size_t SharedArena::page_bytes() noexcept {
-  static const auto bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  return bytes;
 }
 
 }  // namespace rdmaload

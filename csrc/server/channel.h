@@ -1,8 +1,9 @@
 // The socket of one connection, plain or under TLS, with the same non-blocking calls.
 //
-// A plain one sends what is stored without touching it: sendmsg() from memory, sendfile() for large values
-// and files. Under TLS every byte is encrypted from where it lies; only files go through a buffer of 64 KiB,
-// and at most some 80 KiB of ciphertext wait for the socket. Owns the descriptor; belongs to one thread.
+// A plain one sends what is stored without a copy of its own: sendmsg() from memory, sendfile() for values
+// that lie in shared huge pages and for files. Under TLS every byte is encrypted from where it lies; only
+// files go through a buffer of 64 KiB, and at most some 80 KiB of ciphertext wait for the socket. Owns the
+// descriptor; belongs to one thread.
 #pragma once
 
 #include <sys/types.h>

@@ -1,4 +1,4 @@
-// The commands: what each of them does to the store and what it answers, as Redis would.
+// The commands: which there are, and what those about keys do to the store and answer, as Redis would.
 #include <charconv>
 #include <cstring>
 #include <limits>
@@ -16,33 +16,16 @@ constexpr uint64_t kScanCount = 10;  // Redis' default
 constexpr uint64_t kMaxScanCount =
     10'000;  // COUNT is a hint; this bounds how long the store is busy with one
 constexpr uint64_t kMaxScanBytes = 128 << 10;  // of keys in one reply
-constexpr size_t kMaxNameBytes = 1024;
 
 // Of one RDMALOAD.READ: a chunk's tensors, unless they are tiny. Each is a work request, of which a queue
 // pair takes 1024.
 constexpr size_t kMaxSegments = 256;
-
-std::optional<int64_t> number_of(std::string_view text) {
-  int64_t value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size()) return std::nullopt;
-  return value;
-}
 
 std::optional<uint64_t> count_of(std::string_view text, uint64_t most) {
   uint64_t value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
   if (error != std::errc() || end != text.data() + text.size() || value > most) return std::nullopt;
   return value;
-}
-
-// Takes as long for a wrong byte at the beginning as for one at the end.
-bool same_secret(std::string_view a, std::string_view b) {
-  unsigned difference = a.size() == b.size() ? 0 : 1;
-  for (size_t i = 0; i < a.size() && !b.empty(); ++i) {
-    difference |= static_cast<unsigned char>(a[i]) ^ static_cast<unsigned char>(b[i % b.size()]);
-  }
-  return difference == 0;
 }
 
 }  // namespace
@@ -54,30 +37,30 @@ std::span<const Session::Command> Session::commands() {
       {"COMMAND", 1, kAnyNumber, false, &Session::command},
       {"CONFIG", 2, kAnyNumber, false, &Session::config},
       {"DBSIZE", 1, 1, false, &Session::dbsize},
-      {"DEL", 2, kAnyNumber, false, &Session::remove},
+      {"DEL", 2, kAnyNumber, false, &Session::remove, false, {1, -1}},
       {"ECHO", 2, 2, false, &Session::echo},
-      {"EXISTS", 2, kAnyNumber, false, &Session::exists},
-      {"GET", 2, 2, false, &Session::get},
-      {"GETRANGE", 4, 4, false, &Session::get_range},
+      {"EXISTS", 2, kAnyNumber, false, &Session::exists, false, {1, -1}},
+      {"GET", 2, 2, false, &Session::get, false, {1, 1}},
+      {"GETRANGE", 4, 4, false, &Session::get_range, false, {1, 1}},
       {"HELLO", 1, 7, true, &Session::hello},
       {"INFO", 1, kAnyNumber, false, &Session::info},
-      {"MGET", 2, kAnyNumber, false, &Session::mget},
+      {"MGET", 2, kAnyNumber, false, &Session::mget, false, {1, -1}},
       {"PING", 1, 2, false, &Session::ping},
       {"QUIT", 1, kAnyNumber, true, &Session::quit},
       {"RDMALOAD.HELLO", 2, 2, false, &Session::rdma_hello, true},
-      {"RDMALOAD.READ", 7, 3 + 4 * kMaxSegments, false, &Session::rdma_read, true},
+      {"RDMALOAD.READ", 7, 3 + 4 * kMaxSegments, false, &Session::rdma_read, true, {1, 1}},
       {"RESET", 1, 1, true, &Session::reset},
-      {"SADD", 3, kAnyNumber, false, &Session::sadd},
+      {"SADD", 3, kAnyNumber, false, &Session::sadd, false, {1, 1}},
       {"SCAN", 2, kAnyNumber, false, &Session::scan},
       {"SELECT", 2, 2, false, &Session::select},
-      {"SET", 3, kAnyNumber, false, &Session::set},
-      {"SHUTDOWN", 1, 2, false, &Session::shutdown},
-      {"SISMEMBER", 3, 3, false, &Session::sismember},
-      {"SMEMBERS", 2, 2, false, &Session::smembers},
-      {"SREM", 3, kAnyNumber, false, &Session::srem},
-      {"STRLEN", 2, 2, false, &Session::strlen},
-      {"TYPE", 2, 2, false, &Session::type},
-      {"UNLINK", 2, kAnyNumber, false, &Session::remove},
+      {"SET", 3, kAnyNumber, false, &Session::set, false, {1, 1}},
+      {"SHUTDOWN", 1, 4, false, &Session::shutdown},
+      {"SISMEMBER", 3, 3, false, &Session::sismember, false, {1, 1}},
+      {"SMEMBERS", 2, 2, false, &Session::smembers, false, {1, 1}},
+      {"SREM", 3, kAnyNumber, false, &Session::srem, false, {1, 1}},
+      {"STRLEN", 2, 2, false, &Session::strlen, false, {1, 1}},
+      {"TYPE", 2, 2, false, &Session::type, false, {1, 1}},
+      {"UNLINK", 2, kAnyNumber, false, &Session::remove, false, {1, -1}},
   };
   return kCommands;
 }
@@ -87,139 +70,6 @@ const Session::Command* Session::find_command(std::string_view name) {
     if (same_word(name, command.name)) return &command;
   }
   return nullptr;
-}
-
-// ---- who is asking -----------------------------------------------------------------------------
-
-bool Session::check_password(std::string_view user, std::string_view password) {
-  const auto now = AuthLimiter::Clock::now();
-  if (!shared_.auth_limiter.may_try(address_, now)) {
-    ++shared_.counters.auth_refused;
-    // Our clients try again after this, and others report it.
-    error("TRYAGAIN too many wrong passwords came from your address: wait a second");
-    closing_ = true;
-    return false;
-  }
-  const bool known =
-      !shared_.password.empty() && user == "default" && same_secret(password, shared_.password);
-  if (!known) {
-    ++shared_.counters.auth_failures;
-    const std::hash<std::string_view> hash;
-    shared_.auth_limiter.failed(address_, hash(password) + 31 * hash(user), now);
-    error("WRONGPASS invalid username-password pair or user is disabled.");
-    return false;
-  }
-  authenticated_ = true;
-  parser_.set_limits(RequestLimits{});
-  return true;
-}
-
-void Session::auth(const Arguments& arguments) {
-  if (arguments.size() == 2 && shared_.password.empty()) {
-    error(
-        "ERR AUTH <password> called without any password configured for the default user. "
-        "Are you sure your configuration is correct?");
-    return;
-  }
-  const bool named = arguments.size() == 3;
-  // Without a password anybody is the default user, whatever password they say.
-  const bool open = named && shared_.password.empty() && arguments[1] == "default";
-  if (open || check_password(named ? arguments[1] : "default", arguments.back())) simple("OK");
-}
-
-void Session::hello(const Arguments& arguments) {
-  int protocol = protocol_;
-  size_t at = 1;
-  if (arguments.size() > 1) {
-    const auto wanted = number_of(arguments[at++]);
-    if (!wanted) return error("ERR Protocol version is not an integer or out of range");
-    if (*wanted != 2 && *wanted != 3) return error("NOPROTO unsupported protocol version");
-    protocol = static_cast<int>(*wanted);
-  }
-  std::optional<std::string_view> name;
-  while (at < arguments.size()) {
-    if (same_word(arguments[at], "AUTH") && at + 2 < arguments.size()) {
-      const bool open = shared_.password.empty() && arguments[at + 1] == "default";
-      if (!open && !check_password(arguments[at + 1], arguments[at + 2])) return;
-      at += 3;
-    } else if (same_word(arguments[at], "SETNAME") && at + 1 < arguments.size()) {
-      name = arguments[at + 1];
-      at += 2;
-    } else {
-      return error("ERR Syntax error in HELLO option");
-    }
-  }
-  if (!authenticated_) {
-    return error(
-        "NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO <proto> "
-        "AUTH <user> <pass> option can be used to authenticate the client and select the RESP protocol "
-        "version at the same time");
-  }
-  if (name) {
-    const std::lock_guard lock(name_mutex_);
-    name_ = name->substr(0, kMaxNameBytes);
-  }
-  protocol_ = protocol;
-  map(7);
-  bulk("server");
-  bulk("rdmaload");
-  bulk("version");
-  bulk(kRedisVersion);
-  bulk("proto");
-  integer(static_cast<uint64_t>(protocol_));
-  bulk("id");
-  integer(id_);
-  bulk("mode");
-  bulk("standalone");
-  bulk("role");
-  bulk("master");
-  bulk("modules");
-  array(0);
-}
-
-void Session::reset(const Arguments&) {
-  protocol_ = 2;
-  authenticated_ = shared_.password.empty();
-  if (!authenticated_) parser_.set_limits(kUnknownClientLimits);
-  const std::lock_guard lock(name_mutex_);
-  name_.clear();
-  simple("RESET");
-}
-
-void Session::quit(const Arguments&) {
-  simple("OK");
-  closing_ = true;
-}
-
-void Session::shutdown(const Arguments&) {
-  closing_ = true;
-  shared_.shut_down();
-}
-
-void Session::client(const Arguments& arguments) {
-  const std::string_view what = arguments[1];
-  const size_t count = arguments.size();
-  if (same_word(what, "SETNAME") && count == 3) {
-    for (const char c : arguments[2]) {
-      if (c <= ' ' || c > '~')
-        return error("ERR Client names cannot contain spaces, newlines or special characters.");
-    }
-    const std::lock_guard lock(name_mutex_);
-    name_ = arguments[2].substr(0, kMaxNameBytes);
-    return simple("OK");
-  }
-  if (same_word(what, "GETNAME") && count == 2) {
-    const std::lock_guard lock(name_mutex_);
-    return name_.empty() ? null() : bulk(name_);
-  }
-  if (same_word(what, "ID") && count == 2) return integer(id_);
-  if (same_word(what, "INFO") && count == 2) return bulk(list_line());
-  if (same_word(what, "LIST")) return bulk(shared_.client_lines());
-  if ((same_word(what, "SETINFO") && count == 4) || (same_word(what, "NO-EVICT") && count == 3) ||
-      (same_word(what, "NO-TOUCH") && count == 3)) {
-    return simple("OK");
-  }
-  error("ERR unknown subcommand or wrong number of arguments for 'client'");
 }
 
 // ---- values ------------------------------------------------------------------------------------
@@ -434,21 +284,6 @@ void Session::select(const Arguments& arguments) {
   const auto index = number_of(arguments[1]);
   if (!index) return error("ERR value is not an integer or out of range");
   *index == 0 ? simple("OK") : error("ERR DB index is out of range");
-}
-
-// ---- about the server --------------------------------------------------------------------------
-
-void Session::ping(const Arguments& arguments) {
-  arguments.size() == 2 ? bulk(arguments[1]) : simple("PONG");
-}
-
-void Session::echo(const Arguments& arguments) { bulk(arguments[1]); }
-
-void Session::command(const Arguments& arguments) {
-  // Enough for clients that ask at the beginning: nothing is described.
-  if (arguments.size() == 2 && same_word(arguments[1], "COUNT")) return integer(commands().size());
-  if (arguments.size() > 1 && same_word(arguments[1], "DOCS")) return map(0);
-  array(0);
 }
 
 }  // namespace rdmaload::server

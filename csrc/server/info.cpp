@@ -1,4 +1,5 @@
-// What the server says of itself: CONFIG GET and INFO, under the names that clients of Redis look for.
+// What is about the server itself: PING, SHUTDOWN, COMMAND, and CONFIG GET and INFO under the names that
+// clients of Redis look for.
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -6,6 +7,7 @@
 #include <array>
 #include <cstdio>
 
+#include "memory/huge_pages.h"
 #include "server/command_table.h"
 #include "server/glob.h"
 
@@ -26,6 +28,63 @@ std::string seconds_text(const timeval& time) {
 }
 
 }  // namespace
+
+void Session::ping(const Arguments& arguments) {
+  arguments.size() == 2 ? bulk(arguments[1]) : simple("PONG");
+}
+
+void Session::echo(const Arguments& arguments) { bulk(arguments[1]); }
+
+void Session::shutdown(const Arguments& arguments) {
+  for (size_t i = 1; i < arguments.size(); ++i) {
+    if (same_word(arguments[i], "SAVE")) {
+      return error("ERR SHUTDOWN SAVE: this server keeps nothing on disk; NOSAVE or nothing ends it");
+    }
+    // It ends at once, so there is never one to be called off.
+    if (same_word(arguments[i], "ABORT")) return error("ERR No shutdown in progress.");
+    if (!same_word(arguments[i], "NOSAVE") && !same_word(arguments[i], "NOW") &&
+        !same_word(arguments[i], "FORCE")) {
+      return error("ERR syntax error");
+    }
+  }
+  closing_ = true;
+  shared_.shut_down();
+}
+
+void Session::command(const Arguments& arguments) {
+  const auto describe = [this](const Command& command) {
+    array(6);
+    bulk(lower(command.name));
+    const auto words = std::to_string(command.least);
+    replies_.text(":" + (command.most == command.least ? "" : std::string("-")) + words + "\r\n");
+    array(0);  // flags
+    replies_.text(":" + std::to_string(command.keys.first) + "\r\n");
+    replies_.text(":" + std::to_string(command.keys.last) + "\r\n");
+    replies_.text(":" + std::to_string(command.keys.first == 0 ? 0 : 1) + "\r\n");
+  };
+  const auto named = std::span(arguments).subspan(std::min<size_t>(2, arguments.size()));
+  const std::string_view what = arguments.size() > 1 ? arguments[1] : "INFO";
+  if (same_word(what, "COUNT") && named.empty()) return integer(commands().size());
+  if (same_word(what, "DOCS")) return map(0);  // clients show it to people: nothing is described
+  if (same_word(what, "LIST") && named.empty()) {
+    array(commands().size());
+    for (const Command& command : commands()) bulk(lower(command.name));
+    return;
+  }
+  if (!same_word(what, "INFO")) {
+    return error("ERR unknown subcommand or wrong number of arguments for 'command'");
+  }
+  if (named.empty()) {
+    array(commands().size());
+    for (const Command& command : commands()) describe(command);
+    return;
+  }
+  array(named.size());
+  for (const std::string_view name : named) {
+    const Command* found = find_command(name);
+    found != nullptr ? describe(*found) : null();
+  }
+}
 
 void Session::config(const Arguments& arguments) {
   if (!same_word(arguments[1], "GET")) {
@@ -113,6 +172,7 @@ std::string Session::info_text(std::string_view section) const {
     line("used_memory_human", human(memory.used_bytes()));
     number("used_memory_rss", memory.held_bytes());
     number("values", memory.values());
+    line("huge_pages", memory.shared_page_bytes() > 0 ? "shared" : private_huge_pages() ? "private" : "none");
     number("maxmemory", memory.limit_bytes());
     line("maxmemory_human", human(memory.limit_bytes()));
     line("maxmemory_policy", "noeviction");

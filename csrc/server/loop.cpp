@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <csignal>
 #include <cstring>
+#include <new>
 
 #include "core/error.h"
 #include "core/thread_name.h"
@@ -106,14 +107,12 @@ void Server::Loop::run() {
         take_inbox();
       } else if (event.data.fd == server_.listener_) {
         accept_some();
-      } else if (const auto at = connections_.find(event.data.fd); at != connections_.end()) {
-        handle(*at->second, event.events);
+      } else {
+        attend(event.data.fd, event.events);
       }
     }
     again.swap(again_);
-    for (const int fd : again) {
-      if (const auto at = connections_.find(fd); at != connections_.end()) handle(*at->second, 0);
-    }
+    for (const int fd : again) attend(fd, 0);
     again.clear();
     if (now_ >= next_tick) {
       tick();
@@ -143,7 +142,7 @@ void Server::Loop::begin(int fd) {
   try {
     connection = std::make_unique<Connection>(fd, server_.tls_.get(), server_.shared_, next_id(),
                                               address_of(peer), now_);
-  } catch (const Error& error) {  // OpenSSL has no memory for it
+  } catch (const std::exception& error) {  // the system or OpenSSL has no memory for it
     server_.log(error.what());
     --load_;
     --server_.counters_.connections_now;
@@ -202,6 +201,18 @@ void Server::Loop::tick() {
   for (Connection* connection : doomed) {
     ++server_.counters_.connections_stalled;
     drop(*connection);
+  }
+}
+
+// What a client asks for may be more than the system has: it loses its connection, the others nothing.
+void Server::Loop::attend(int fd, uint32_t events) {
+  const auto at = connections_.find(fd);
+  if (at == connections_.end()) return;
+  try {
+    handle(*at->second, events);
+  } catch (const std::bad_alloc&) {
+    ++server_.counters_.refused_for_memory;
+    drop(*at->second);
   }
 }
 

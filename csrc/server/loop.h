@@ -71,6 +71,7 @@ class Server::Loop {
   void begin(int fd);
   void accept_some();
   void tick();
+  void attend(int fd, uint32_t events);
   void handle(Connection& connection, uint32_t events);
   bool receive(Connection& connection);    // false: the connection is lost
   bool send_some(Connection& connection);  // likewise

@@ -133,7 +133,7 @@ uint64_t RdmaConnection::send_front() {
 // Text and small values, as many as there are, in one write.
 uint64_t RdmaConnection::send_small() {
   std::array<iovec, 64> vectors;
-  const size_t count = session_.replies().gather(vectors, scratch_.size());
+  const size_t count = session_.replies().gather(vectors, scratch_.size(), ReplyQueue::Large::kApart);
   size_t bytes = 0;
   for (const iovec& part : std::span(vectors).first(count)) {
     std::memcpy(scratch_.data() + bytes, part.iov_base, part.iov_len);

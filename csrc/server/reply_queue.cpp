@@ -54,7 +54,8 @@ bool ReplyQueue::by_reference(const Piece& piece, Large large) {
   if (piece.place) return true;
   const auto* value = std::get_if<ValuePtr>(&piece.source);
   if (value == nullptr) return std::holds_alternative<FileRange>(piece.source);
-  return large == Large::kAsFiles && (*value)->descriptor() >= 0 && piece.length >= kByReferenceBytes;
+  if (large == Large::kAsMemory || piece.length < kByReferenceBytes) return false;
+  return large == Large::kApart ? (*value)->in_slab() : (*value)->descriptor() >= 0;
 }
 
 size_t ReplyQueue::gather(std::span<iovec> vectors, uint64_t max_bytes, Large large) const {

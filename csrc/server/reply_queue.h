@@ -38,10 +38,12 @@ class ReplyQueue {
   size_t pieces() const noexcept { return pieces_.size(); }
   size_t text_bytes() const noexcept { return text_bytes_; }
   uint64_t bytes() const noexcept { return bytes_; }  // values and files included
+  // What it has taken from the system: text and references.
+  size_t held_bytes() const noexcept { return text_bytes_ + pieces_.size() * sizeof(Piece); }
 
   // What to send next is either memory (returns how many of `vectors` it filled, with at most `max_bytes`),
   // or a file's range (returns 0: see front_file()). A large part of a stored value is both, as `large` says.
-  enum class Large { kAsFiles, kAsMemory };
+  enum class Large { kAsFiles, kAsMemory, kApart };  // kApart: nothing, for who sends it from its slab
   size_t gather(std::span<iovec> vectors, uint64_t max_bytes, Large large = Large::kAsFiles) const;
   struct FileSlice {
     int descriptor;

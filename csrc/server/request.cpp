@@ -208,7 +208,7 @@ RequestParser::Event RequestParser::complete() {
   return Event::kRequest;
 }
 
-void RequestParser::reset() {
+void RequestParser::reset() noexcept {
   done_ = false;
   state_ = State::kStart;
   arguments_left_ = 0;

@@ -51,6 +51,18 @@ class RequestParser {
   // The caller has taken all of large_bytes() from the stream.
   void large_argument_taken();
 
+  // The request that next() gave last is done with: what it took is given back, but for a little.
+  void forget_request() noexcept {
+    if (done_) reset();
+  }
+  // Gives up a request that is not complete, with what it took.
+  void drop_request() noexcept { reset(); }
+  // What it has taken from the system.
+  size_t held_bytes() const noexcept {
+    return text_.capacity() + line_.capacity() + ends_.capacity() * sizeof(size_t) +
+           arguments_.capacity() * sizeof(std::string_view);
+  }
+
   // Whether a request has begun that is not complete.
   bool partial() const noexcept { return state_ != State::kStart || !line_.empty(); }
 
@@ -66,7 +78,7 @@ class RequestParser {
   bool split_inline(std::string_view text);
   bool add_inline(std::string_view word);
   Event complete();
-  void reset();
+  void reset() noexcept;
 
   RequestLimits limits_;
   State state_ = State::kStart;

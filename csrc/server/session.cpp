@@ -15,14 +15,11 @@ namespace {
 constexpr size_t kMaxPendingPieces = 1024;
 constexpr size_t kMaxPendingText = 256 << 10;
 
-std::string_view kNoMemoryText = "OOM command not allowed when used memory > 'maxmemory'.";
+// What every connection may keep without its counting as memory of the store: replies as above, and the next
+// request.
+constexpr uint64_t kFreeBufferBytes = 512 << 10;
 
-// Error texts quote what clients send: no line ends, and not all of a long one.
-std::string quoted(std::string_view text) {
-  std::string safe;
-  for (const char c : text.substr(0, 64)) safe.push_back(c >= ' ' && c < 127 ? c : '?');
-  return safe;
-}
+constexpr std::string_view kNoMemoryText = "OOM command not allowed when used memory > 'maxmemory'.";
 
 }  // namespace
 
@@ -34,6 +31,8 @@ Session::Session(Shared& shared, uint64_t id, std::string address, Road road)
       authenticated_(shared.password.empty()) {
   if (!authenticated_) parser_.set_limits(kUnknownClientLimits);
 }
+
+Session::~Session() { shared_.store.memory()->release(charged_); }
 
 bool Session::full() const noexcept {
   return replies_.pieces() >= kMaxPendingPieces || replies_.text_bytes() >= kMaxPendingText;
@@ -53,13 +52,36 @@ void Session::value_received(size_t bytes) {
 void Session::consume(std::string_view bytes) {
   assert(held_input_.empty());
   process(bytes);
+  charge_buffers();
   if (!closing_) held_input_.assign(bytes);
 }
 
 void Session::resume() {
+  if (charged_ > 0) charge_buffers();
   if (held_input_.empty() || full()) return;
   const std::string held = std::exchange(held_input_, {});
   consume(held);
+}
+
+void Session::charge_buffers() {
+  if (closing_ && charged_ == 0) return;
+  const uint64_t held = parser_.held_bytes() + replies_.held_bytes();
+  const uint64_t due = held > kFreeBufferBytes ? held - kFreeBufferBytes : 0;
+  ValueMemory& memory = *shared_.store.memory();
+  if (due <= charged_) {
+    memory.release(charged_ - due);
+    charged_ = due;
+  } else if (memory.charge(due - charged_)) {
+    charged_ = due;
+  } else {
+    ++shared_.counters.refused_for_memory;
+    closing_ = true;
+    parser_.drop_request();
+    value_.reset();
+    // No word behind replies that are given up: it would stand where a value's bytes should.
+    if (replies_.held_bytes() > kFreeBufferBytes) return replies_.clear();
+    error(kNoMemoryText);
+  }
 }
 
 void Session::process(std::string_view& bytes) {
@@ -84,6 +106,7 @@ void Session::process(std::string_view& bytes) {
         break;
       case RequestParser::Event::kRequest:
         execute(parser_.arguments());
+        parser_.forget_request();
         break;
       case RequestParser::Event::kLargeArgument:
         begin_large_argument();
@@ -125,7 +148,7 @@ void Session::execute(const Arguments& arguments) {
   } else if (!authenticated_ && !found->for_anybody) {
     error("NOAUTH Authentication required.");
   } else if (arguments.size() < found->least || arguments.size() > found->most) {
-    error("ERR wrong number of arguments for '" + quoted(arguments[0]) + "' command");
+    error("ERR wrong number of arguments for '" + lower(found->name) + "' command");
   } else if (!refusal.empty()) {
     error(refusal);
   } else {

@@ -3,7 +3,9 @@
 // The transport asks value_space() where the next bytes belong. While a large value is being received that is
 // the value's own memory; otherwise bytes go to consume(). It sends what replies() holds, calls resume() when
 // it has sent some, and reads on only while wants_input() holds: a client that does not take its replies is
-// not read from, so what it makes us keep stays bounded. One thread; the store and the facts are shared.
+// not read from, so what it makes us keep stays bounded; what is more than any ordinary client needs, for
+// requests of thousands of keys, counts against the store's limit. One thread; the store and the facts are
+// shared.
 #pragma once
 
 #include <atomic>
@@ -73,6 +75,9 @@ enum class Road { kTcp, kRdma };
 class Session {
  public:
   Session(Shared& shared, uint64_t id, std::string address, Road road = Road::kTcp);
+  ~Session();
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
 
   // Where the next bytes of the stream belong; empty: give them to consume(). At most that many may be given.
   std::span<std::byte> value_space() noexcept;
@@ -101,6 +106,7 @@ class Session {
   static const Command* find_command(std::string_view name);
 
   bool full() const noexcept;
+  void charge_buffers();
   void process(std::string_view& bytes);
   void begin_large_argument();
   void execute(const Arguments& arguments);
@@ -155,6 +161,7 @@ class Session {
   std::string held_input_;        // what came behind the request that filled the replies
   std::shared_ptr<Value> value_;  // that is being received
   uint64_t value_filled_ = 0;
+  uint64_t charged_ = 0;     // of the store's limit, for requests and replies
   uint64_t discard_ = 0;     // bytes of a large argument that go nowhere
   std::string large_error_;  // what the request whose large argument was refused is answered
   bool authenticated_;

@@ -136,7 +136,12 @@ Store::Entry& Store::insert_exported(std::string_view key) {
 Store::Entry& Store::insert(std::string_view key) {
   const auto at = entries_.try_emplace(std::string(key)).first;
   at->second.number = next_number_++;
-  in_order_.emplace_hint(in_order_.end(), at->second.number, &at->first);
+  try {
+    in_order_.emplace_hint(in_order_.end(), at->second.number, &at->first);
+  } catch (...) {  // no memory: neither of the two has it
+    entries_.erase(at);
+    throw;
+  }
   return at->second;
 }
 

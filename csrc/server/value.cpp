@@ -1,5 +1,7 @@
 #include "server/value.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cassert>
 #include <iterator>
@@ -15,25 +17,45 @@ constexpr size_t kHeapBytes = 32 << 10;  // below, rounding up to pages would wa
 constexpr size_t kSlabBytes = size_t{32} << 20;
 constexpr size_t kOwnSlabBytes = size_t{8}
                                  << 20;  // from here a value has a slab of its own: nothing to fragment
-constexpr size_t kValueOverhead = 128;   // the object, its count of references and the heap's own notes
+constexpr size_t kSharedBytes = size_t{512}
+                                << 10;  // from here: at most four share a page of 2 MiB, and its fate
+constexpr size_t kValueOverhead = 128;  // the object, its count of references and the heap's own notes
 
 // How much is registered at a time, so that no reader waits longer for it than for some milliseconds.
 constexpr size_t kPartBytes = size_t{32} << 20;
 
-size_t round_up(size_t bytes) {
-  const size_t page = SharedArena::page_bytes();
-  return (bytes + page - 1) / page * page;
+size_t page_bytes() {
+  static const auto bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return bytes;
 }
 
+size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
 // What a value costs: pages in a slab, or heap.
-uint64_t cost_of(size_t bytes) { return (bytes >= kHeapBytes ? round_up(bytes) : bytes) + kValueOverhead; }
+uint64_t cost_of(size_t bytes) {
+  return (bytes >= kHeapBytes ? round_up(bytes, page_bytes()) : bytes) + kValueOverhead;
+}
 
 }  // namespace
 
 Value::~Value() { memory_->give_back(*this); }
 
-std::shared_ptr<ValueMemory> ValueMemory::make(uint64_t limit_bytes) {
-  return std::shared_ptr<ValueMemory>(new ValueMemory(limit_bytes));
+ValueMemory::Slab::Slab(size_t bytes, size_t shared_page_bytes) {
+  if (shared_page_bytes > 0) {
+    shared = std::make_unique<SharedArena>(bytes, shared_page_bytes);
+    users.resize(shared->size() / shared_page_bytes);
+  } else {
+    own = std::make_unique<HostArena>(bytes);
+  }
+  data = shared != nullptr ? shared->data() : own->data();
+  size = shared != nullptr ? shared->size() : bytes;
+  free.emplace(0, size);
+}
+
+std::shared_ptr<ValueMemory> ValueMemory::make(uint64_t limit_bytes, size_t shared_page_bytes) {
+  // Where they do not divide slabs (64 KiB pages: huge ones have 512 MiB) they would only waste memory.
+  const bool fits = shared_page_bytes > page_bytes() && kOwnSlabBytes % shared_page_bytes == 0;
+  return std::shared_ptr<ValueMemory>(new ValueMemory(limit_bytes, fits ? shared_page_bytes : 0));
 }
 
 std::shared_ptr<Value> ValueMemory::allocate(size_t bytes) {
@@ -94,22 +116,24 @@ bool ValueMemory::take_pages(Value& value, size_t bytes) {
 }
 
 bool ValueMemory::take_pages(Value& value, size_t bytes, Slab*& fresh) {
-  const size_t need = round_up(bytes);
+  const size_t need = round_up(bytes, page_bytes());
+  const size_t shared = need >= kSharedBytes ? shared_page_bytes_ : 0;
   const std::lock_guard lock(mutex_);
   if (need < kOwnSlabBytes) {
     for (Slab& slab : slabs_) {
-      if (slab.largest_free_bound < need) continue;
+      if ((slab.shared != nullptr) != (shared > 0) || slab.largest_free_bound < need) continue;
       if (carve(slab, need, value)) return true;
     }
   }
-  size_t size = need < kOwnSlabBytes ? kSlabBytes : need;
+  const size_t least = shared > 0 ? round_up(need, shared) : need;
+  size_t size = need < kOwnSlabBytes ? kSlabBytes : least;
   if (!hold(size)) {
     // Near the limit: exactly what is needed.
-    if (size == need || !hold(need)) return false;
-    size = need;
+    if (size == least || !hold(least)) return false;
+    size = least;
   }
   try {
-    slabs_.emplace_back(size);
+    slabs_.emplace_back(size, shared);
   } catch (const std::bad_alloc&) {
     held_bytes_ -= size;
     return false;
@@ -126,10 +150,14 @@ bool ValueMemory::carve(Slab& slab, size_t bytes, Value& value) {
     if (length < bytes) continue;
     slab.free.erase(run);
     if (length > bytes) slab.free.emplace(offset + bytes, length - bytes);
-    value.data_ = slab.arena.data() + offset;
+    value.data_ = slab.data + offset;
     value.slab_ = &slab;
-    value.fd_ = slab.arena.descriptor();
     value.offset_ = offset;
+    if (slab.shared != nullptr) {
+      value.fd_ = slab.shared->descriptor();
+      const size_t page = slab.shared->page_bytes();
+      for (size_t at = offset / page; at * page < offset + bytes; ++at) ++slab.users[at];
+    }
     return true;
   }
   slab.largest_free_bound = largest;
@@ -147,39 +175,47 @@ void ValueMemory::give_back(Value& value) noexcept {
   }
   held_bytes_ -= kValueOverhead;
   if (value.slab_ == nullptr) return;  // there was no room for its pages
-  // Before the lock: until it is in the list of free runs nobody else touches this place, nor drops the slab.
-  size_t offset = value.offset_;
-  size_t length = round_up(value.size_);
-  if (!static_cast<Slab*>(value.slab_)->arena.forget(offset, length)) return;  // stays held, never used again
   // Deregistering and unmapping take time: after the lock.
   std::list<Slab> emptied;
   StaleRegions stale;
   const std::lock_guard lock(mutex_);
-  const auto slab = std::find_if(slabs_.begin(), slabs_.end(),
-                                 [&](const Slab& candidate) { return &candidate == value.slab_; });
-  assert(slab != slabs_.end());
-  // Not before the pages were detached: a registration that was made meanwhile may hold the old ones.
-  stale = take_stale(*slab, offset, length);
-  auto after = slab->free.lower_bound(offset);
-  if (after != slab->free.end() && after->first == offset + length) {
-    length += after->second;
-    after = slab->free.erase(after);
+  const auto at = std::find_if(slabs_.begin(), slabs_.end(),
+                               [&](const Slab& candidate) { return &candidate == value.slab_; });
+  assert(at != slabs_.end());
+  Slab& slab = *at;
+  size_t begin = value.offset_;
+  size_t end = begin + round_up(value.size_, page_bytes());
+  if (slab.shared != nullptr) {
+    // The first page and the last may hold others, too, and free room, which goes with them.
+    const size_t page = slab.shared->page_bytes();
+    size_t first = begin / page;
+    size_t last = (end + page - 1) / page;
+    for (size_t i = first; i < last; ++i) --slab.users[i];
+    if (slab.users[first] > 0) ++first;
+    if (last > first && slab.users[last - 1] > 0) --last;
+    if (first >= last) return;
+    begin = first * page;
+    end = last * page;
+    if (!slab.shared->forget(begin, end - begin)) return;  // stays held, never used again
+    // Not before the pages were detached: a registration that was made meanwhile may hold the old ones.
+    stale = take_stale(slab, begin, end - begin);
   }
-  if (after != slab->free.begin()) {
-    const auto before = std::prev(after);
-    if (before->first + before->second == offset) {
-      offset = before->first;
-      length += before->second;
-      slab->free.erase(before);
-    }
+  for (Part& part : slab.parts) part.refused = false;  // there may be more to lock now
+  // With what is free before, after and in between.
+  auto run = slab.free.upper_bound(begin);
+  if (run != slab.free.begin() && std::prev(run)->first + std::prev(run)->second >= begin) --run;
+  while (run != slab.free.end() && run->first <= end) {
+    begin = std::min(begin, run->first);
+    end = std::max(end, run->first + run->second);
+    run = slab.free.erase(run);
   }
-  if (length == slab->arena.size()) {
-    held_bytes_ -= length;
-    emptied.splice(emptied.end(), slabs_, slab);
+  if (end - begin == slab.size) {
+    held_bytes_ -= slab.size;
+    emptied.splice(emptied.end(), slabs_, at);
     return;
   }
-  slab->free.emplace(offset, length);
-  slab->largest_free_bound = SIZE_MAX;
+  slab.free.emplace(begin, end - begin);
+  slab.largest_free_bound = SIZE_MAX;
 }
 
 // ---- registration ------------------------------------------------------------------------------
@@ -209,7 +245,7 @@ RegisteredBytes ValueMemory::registered(const ValuePtr& value, size_t offset, si
 }
 
 void ValueMemory::register_slab(Slab& slab) {
-  for (size_t at = 0; at < slab.arena.size(); at += kPartBytes) register_part(slab, at / kPartBytes);
+  for (size_t at = 0; at < slab.size; at += kPartBytes) register_part(slab, at / kPartBytes);
 }
 
 std::shared_ptr<const rdma::MemoryRegion> ValueMemory::register_part(Slab& slab, size_t index) {
@@ -218,19 +254,19 @@ std::shared_ptr<const rdma::MemoryRegion> ValueMemory::register_part(Slab& slab,
   {
     const std::lock_guard lock(mutex_);
     if (domain_ == nullptr) return nullptr;
-    if (slab.parts.empty()) slab.parts.resize((slab.arena.size() + kPartBytes - 1) / kPartBytes);
+    if (slab.parts.empty()) slab.parts.resize((slab.size + kPartBytes - 1) / kPartBytes);
     const Part& part = slab.parts[index];
     if (part.region != nullptr || part.refused) return part.region;
     domain = domain_;
     forgotten = part.forgotten;
   }
   const size_t offset = index * kPartBytes;
-  const size_t bytes = std::min(kPartBytes, slab.arena.size() - offset);
+  const size_t bytes = std::min(kPartBytes, slab.size - offset);
   std::shared_ptr<const rdma::MemoryRegion> region;
   std::string refusal;
   try {
     std::unique_ptr<rdma::MemoryRegion> made =
-        domain->register_memory({slab.arena.data() + offset, bytes}, rdma::Access::kSource);
+        domain->register_memory({slab.data + offset, bytes}, rdma::Access::kSource);
     region = {made.release(), [counter = &registered_bytes_, bytes](const rdma::MemoryRegion* gone) {
                 delete gone;
                 *counter -= bytes;
@@ -255,13 +291,12 @@ std::shared_ptr<const rdma::MemoryRegion> ValueMemory::register_part(Slab& slab,
 
 ValueMemory::StaleRegions ValueMemory::take_stale(Slab& slab, size_t offset, size_t length) {
   StaleRegions stale;
-  // A value that reaches further has a slab of its own, which goes with it.
-  if (slab.parts.empty() || length >= kOwnSlabBytes) return stale;
+  // Of a slab of many values there is one part, and one of a single value goes as a whole.
+  if (slab.parts.empty() || length == slab.size) return stale;
   size_t count = 0;
   for (size_t index = offset / kPartBytes; index * kPartBytes < offset + length; ++index) {
     Part& part = slab.parts[index];
     stale[count++] = std::exchange(part.region, nullptr);
-    part.refused = false;
     ++part.forgotten;
   }
   return stale;

@@ -122,8 +122,8 @@ class Client {
 };
 
 struct Running {
-  explicit Running(ServerOptions options = {}, uint64_t limit = 64 * kMiB)
-      : memory(ValueMemory::make(limit)),
+  explicit Running(ServerOptions options = {}, uint64_t limit = 64 * kMiB, size_t shared_page_bytes = 0)
+      : memory(ValueMemory::make(limit, shared_page_bytes)),
         store(std::make_shared<Store>(memory)),
         server(store, std::move(options)) {}
   const Counters& counters() { return server.counters(); }
@@ -224,6 +224,55 @@ TEST_CASE("announced lengths allocate nothing beyond the limit, and are given ba
   REQUIRE(eventually([&] { return running.counters().connections_now == 0; }));
   CHECK(running.memory->values() == 1);
   CHECK(running.memory->held_bytes() < 1000);
+}
+
+TEST_CASE(
+    "requests of thousands of keys count as memory: beyond the limit they get OOM, and it is given back") {
+  Running running({}, 8 * kMiB);
+  std::string most = "*252\r\n$4\r\nMGET\r\n";  // of 251 keys the last is missing
+  for (int i = 0; i < 250; ++i) most += "$16000\r\n" + std::string(16000, 'k') + "\r\n";
+  std::vector<Client> clients;
+  for (int i = 0; i < 6; ++i) {
+    clients.push_back(running.client());
+    clients.back().send(most);
+  }
+  REQUIRE(eventually([&] { return running.counters().refused_for_memory >= 4; }));
+  REQUIRE(eventually([&] { return running.counters().connections_now <= 2; }));
+  CHECK(running.counters().errors == running.counters().refused_for_memory);
+  CHECK(running.memory->held_bytes() <= 8 * kMiB);
+  clients.clear();
+  REQUIRE(eventually([&] { return running.counters().connections_now == 0; }));
+  CHECK(running.memory->held_bytes() == 0);
+  // Alone it fits, and nothing of it is kept once it is answered, however long the client stays.
+  Client alone = running.client();
+  alone.send(most + "$1\r\nk\r\n");
+  CHECK(alone.line() == "*251\r\n");
+  for (int i = 0; i < 251; ++i) CHECK(alone.line() == "$-1\r\n");
+  CHECK(eventually([&] { return running.memory->held_bytes() == 0; }));
+}
+
+TEST_CASE("replies of thousands of values that nobody takes count as memory, too") {
+  Running running({}, 8 * kMiB);
+  Client writer = running.client();
+  writer.send(words({"SET", "k", std::string(kMiB, 'v')}));
+  CHECK(writer.line() == "+OK\r\n");
+  std::string many = "*16001\r\n$4\r\nMGET\r\n";
+  for (int i = 0; i < 16000; ++i) many += "$1\r\nk\r\n";
+  const uint64_t before = running.memory->held_bytes();
+  std::vector<Client> slow;
+  for (int i = 0; i < 8; ++i) {
+    slow.push_back(running.client(4096));
+    slow.back().send(many);
+  }
+  REQUIRE(eventually([&] { return running.counters().commands == 9; }));
+  REQUIRE(eventually([&] { return running.counters().refused_for_memory > 0; }));
+  CHECK(running.memory->held_bytes() <= 8 * kMiB);
+  CHECK(running.counters().errors == 0);  // a word in the middle of a value would be taken for its bytes
+  writer.send("PING\r\n");
+  CHECK(writer.line() == "+PONG\r\n");
+  slow.clear();
+  REQUIRE(eventually([&] { return running.counters().connections_now == 1; }));
+  CHECK(running.memory->held_bytes() == before);
 }
 
 TEST_CASE("garbage is answered and the connection closed; others go on") {
@@ -328,7 +377,11 @@ TEST_CASE("a client that takes no replies is not read from: what waits for it st
 }
 
 TEST_CASE("what is on its way stays as it was, when the value is replaced and its memory used again") {
-  Running running;
+  size_t shared_page_bytes = 0;
+  SUBCASE("sent from memory") {}
+  // Where the system gives no such pages they are ordinary, and treated as if they were not.
+  SUBCASE("sent by reference, from shared huge pages") { shared_page_bytes = 2 * kMiB; }
+  Running running({}, 64 * kMiB, shared_page_bytes);
   Client writer = running.client();
   Client slow = running.client(256 << 10);
   const std::string value = text_of(random_bytes(kMiB - 4096, 1));
@@ -519,6 +572,11 @@ TEST_CASE("stop closes every connection, may be repeated, and frees the port") {
 TEST_CASE("SHUTDOWN ends the wait of whoever runs the server") {
   Running running;
   Client client = running.client();
+  for (const char* word : {"ABORT", "SAVE", "later"}) {
+    client.send(words({"SHUTDOWN", word}));
+    CHECK(client.line().substr(0, 5) == "-ERR ");
+  }
+  CHECK(!running.server.wait(std::chrono::seconds(0)));
   client.send(words({"SHUTDOWN", "NOSAVE"}));
   CHECK(client.rest().empty());
   CHECK(running.server.wait(std::chrono::seconds(30)));
@@ -541,4 +599,12 @@ TEST_CASE("the two protocols differ where clients expect it") {
   CHECK(client.receive(11) == "~1\r\n$1\r\nx\r\n");
   CHECK(client.receive(8) == "$2\r\nme\r\n");
   CHECK(client.receive(4) == "%1\r\n");
+}
+
+TEST_CASE("a name cannot make two lines of one in the list of clients") {
+  Running running;
+  Client client = running.client();
+  client.send(words({"HELLO", "2", "SETNAME", "a\nid=7"}) + words({"CLIENT", "GETNAME"}));
+  CHECK(client.line().substr(0, 18) == "-ERR Client names ");
+  CHECK(client.line() == "$-1\r\n");
 }

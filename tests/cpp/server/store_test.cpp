@@ -42,7 +42,10 @@ constexpr uint64_t kMiB = 1 << 20;
 }  // namespace
 
 TEST_CASE("memory: values of every size keep apart and everything is given back") {
-  const auto memory = ValueMemory::make(200 * kMiB);
+  bool huge = false;
+  SUBCASE("in private memory") {}
+  SUBCASE("in shared huge pages") { huge = true; }
+  const auto memory = ValueMemory::make(200 * kMiB, huge ? 2 * kMiB : 0);
   std::mt19937_64 random(7);
   std::map<uint64_t, std::pair<std::shared_ptr<Value>, std::byte>> alive;
   for (uint64_t step = 0; step < 3000; ++step) {
@@ -83,6 +86,43 @@ TEST_CASE("memory: what does not fit is refused before it is allocated, and fits
   CHECK(memory->allocate(kMiB - 4096) != nullptr);
   values.clear();
   CHECK(memory->held_bytes() == 0);
+}
+
+TEST_CASE("memory: room in huge pages is free again when all values in a page are gone, and not before") {
+  const auto memory = ValueMemory::make(1024 * kMiB, 2 * kMiB);
+  constexpr size_t kChunk = kMiB - 4096;  // the third lies in two pages
+  std::vector<std::shared_ptr<Value>> values;
+  for (int i = 0; i < 32; ++i) values.push_back(memory->allocate(kChunk));
+  REQUIRE(memory->held_bytes() <= 32 * kMiB + 32 * 128);
+  const std::byte* const begin = values[0]->bytes().data();
+  CHECK(values[2]->bytes().data() == begin + 2 * kChunk);
+  for (const auto& value : values) std::fill(value->fill().begin(), value->fill().end(), std::byte{1});
+  // The first of three that share two pages: a new value goes elsewhere, and the neighbours are whole.
+  values[0].reset();
+  auto other = memory->allocate(kChunk);
+  CHECK((other->bytes().data() < begin || other->bytes().data() >= begin + 32 * kChunk));
+  CHECK(values[1]->bytes()[0] == std::byte{1});
+  values[1].reset();
+  other.reset();
+  other = memory->allocate(kChunk);
+  CHECK(other->bytes().data() != begin);  // the third still uses the page
+  CHECK(values[2]->bytes()[0] == std::byte{1});
+  CHECK(values[2]->bytes()[kChunk - 1] == std::byte{1});
+  other.reset();
+  values[2].reset();
+  other = memory->allocate(kChunk);
+  CHECK(other->bytes().data() == begin);
+  CHECK(other->bytes()[0] == std::byte{0});  // a fresh page
+  values.clear();
+  other.reset();
+  CHECK(memory->held_bytes() == 0);
+  // Small values stay out of them: sixty of those in a page would keep it.
+  values.push_back(memory->allocate(100'000));
+  values.push_back(memory->allocate(100'000));
+  const std::byte* const small = values[0]->bytes().data();
+  values[0].reset();
+  values[0] = memory->allocate(100'000);
+  CHECK(values[0]->bytes().data() == small);
 }
 
 TEST_CASE("memory: chunks of a model share slabs, without gaps") {
