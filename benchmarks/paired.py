@@ -69,6 +69,7 @@ class Measured:
 
     seconds: float
     cpu_seconds: float
+    server_cpu_seconds: float | None = None  # of a server of its own
 
 
 @dataclass(frozen=True)
@@ -250,12 +251,14 @@ def measure(way: Way, memory_bytes: int = 0) -> Trial:
         result = way.run()
         seconds = time.perf_counter() - start
         cpu = _own_cpu_seconds() - cpu_before
+        server_cpu = None if server is None else machine.cpu_seconds(server) - server_before
         if isinstance(result, Measured):
             seconds, cpu = result.seconds, result.cpu_seconds
+            server_cpu = result.server_cpu_seconds if server is None else server_cpu
         return {
             "seconds": seconds,
             "cpu_seconds": cpu,
-            "server_cpu_seconds": None if server is None else machine.cpu_seconds(server) - server_before,
+            "server_cpu_seconds": server_cpu,
             "peak_bytes": peak_bytes(),
             "load_average": load,
         }

@@ -46,7 +46,7 @@ def limit(program: Path, total_bytes: int, chunk_bytes: int, connections: int, h
     if done.returncode != 0:
         raise RuntimeError(f"loopback_limit: {done.stderr.strip()}")
     answer = json.loads(done.stdout)
-    return paired.Measured(answer["seconds"], answer["cpu_seconds"])
+    return paired.Measured(answer["seconds"], answer["cpu_seconds"], answer["sender_cpu_seconds"])
 
 
 def main() -> None:

@@ -17,14 +17,8 @@ constexpr size_t kFileBytes = 64 << 10;  // of a file that are read to be encryp
 
 }  // namespace
 
-Channel::Channel(int fd, const TlsServerContext* tls) : fd_(fd) {
-  try {
-    if (tls != nullptr) tls_ = std::make_unique<TlsServerStream>(fd, *tls);
-  } catch (...) {
-    close(fd);
-    throw;
-  }
-}
+Channel::Channel(int fd, const TlsServerContext* tls)
+    : fd_(fd), tls_(tls == nullptr ? nullptr : std::make_unique<TlsServerStream>(fd, *tls)) {}
 
 Channel::~Channel() {
   tls_.reset();  // says good-bye

@@ -19,7 +19,7 @@ namespace rdmaload::server {
 
 class Channel {
  public:
-  // Takes the descriptor of a connected, non-blocking socket. `tls` null: plain.
+  // Takes the descriptor of a connected, non-blocking socket, unless it throws. `tls` null: plain.
   Channel(int fd, const TlsServerContext* tls);
   ~Channel();
   Channel(const Channel&) = delete;

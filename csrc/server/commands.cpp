@@ -15,7 +15,8 @@ constexpr uint64_t kAnyBytes = std::numeric_limits<uint64_t>::max();
 constexpr uint64_t kScanCount = 10;  // Redis' default
 constexpr uint64_t kMaxScanCount =
     10'000;  // COUNT is a hint; this bounds how long the store is busy with one
-constexpr uint64_t kMaxScanBytes = 128 << 10;  // of keys in one reply
+constexpr uint64_t kMaxScanBytes = 128 << 10;  // of keys that one looks at
+constexpr size_t kMaxPatternBytes = 1024;      // which each byte of those keys may be compared with
 
 // Of one RDMALOAD.READ: a chunk's tensors, unless they are tiny. Each is a work request, of which a queue
 // pair takes 1024.
@@ -264,6 +265,7 @@ void Session::scan(const Arguments& arguments) {
       count = std::min(static_cast<uint64_t>(*given), kMaxScanCount);
     } else if (same_word(arguments[i], "MATCH")) {
       pattern = arguments[i + 1];
+      if (pattern->size() > kMaxPatternBytes) return error("ERR a pattern may have at most 1024 bytes");
     } else if (same_word(arguments[i], "TYPE")) {
       kind = arguments[i + 1];
     } else {

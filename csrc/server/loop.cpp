@@ -138,19 +138,21 @@ void Server::Loop::begin(int fd) {
   socklen_t size = sizeof(peer);
   getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &size);
   set_up(fd, peer);
-  std::unique_ptr<Connection> connection;
+  bool owned = false;  // by the connection, which closes it
   try {
-    connection = std::make_unique<Connection>(fd, server_.tls_.get(), server_.shared_, next_id(),
-                                              address_of(peer), now_);
+    auto connection = std::make_unique<Connection>(fd, server_.tls_.get(), server_.shared_, next_id(),
+                                                   address_of(peer), now_);
+    owned = true;
+    const auto at = connections_.emplace(fd, std::move(connection)).first;
+    server_.joined(at->second->session);
+    watch(fd, at->second->events, EPOLL_CTL_ADD);
   } catch (const std::exception& error) {  // the system or OpenSSL has no memory for it
-    server_.log(error.what());
+    connections_.erase(fd);
+    if (!owned) close(fd);
     --load_;
     --server_.counters_.connections_now;
-    return;
+    server_.log(error.what());
   }
-  server_.joined(connection->session);
-  watch(fd, connection->events, EPOLL_CTL_ADD);
-  connections_.emplace(fd, std::move(connection));
 }
 
 void Server::Loop::accept_some() {
@@ -179,7 +181,13 @@ void Server::Loop::accept_some() {
     }
     ++server_.counters_.connections_now;
     ++server_.counters_.connections_accepted;
-    server_.least_busy().add(fd);
+    try {
+      server_.least_busy().add(fd);
+    } catch (const std::bad_alloc&) {
+      close(fd);
+      --server_.counters_.connections_now;
+      ++server_.counters_.connections_refused;
+    }
   }
 }
 

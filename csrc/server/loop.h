@@ -41,9 +41,9 @@ class Server::Loop {
   struct Connection {
     Connection(int fd, const TlsServerContext* tls, Shared& shared, uint64_t id, std::string address,
                Clock::time_point now)
-        : channel(fd, tls), session(shared, id, std::move(address)), since(now), moved(now) {}
-    Channel channel;
+        : session(shared, id, std::move(address)), channel(fd, tls), since(now), moved(now) {}
     Session session;
+    Channel channel;  // the last that can throw: what throws leaves the descriptor to the caller
     uint32_t events = EPOLLIN;
     bool input_ended = false;
     const Clock::time_point since;

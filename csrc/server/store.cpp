@@ -245,9 +245,8 @@ ScanPage Store::scan(uint64_t cursor, uint64_t count, uint64_t max_bytes,
   auto at = in_order_.lower_bound(cursor);
   for (; at != in_order_.end() && count > 0 && bytes < max_bytes; ++at, --count) {
     const std::string& key = *at->second;
-    if (!wanted(key, kind_of(entries_.find(key)->second))) continue;
-    page.keys.push_back(key);
     bytes += key.size();
+    if (wanted(key, kind_of(entries_.find(key)->second))) page.keys.push_back(key);
   }
   page.cursor = at == in_order_.end() ? 0 : at->first;
   return page;

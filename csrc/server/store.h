@@ -85,8 +85,8 @@ class Store {
   // The members as bulk strings back to back, made once per change: readers share it. `count` says how many.
   Outcome members(std::string_view key, ValuePtr& encoded, uint64_t& count);
 
-  // Looks at up to `count` keys from `cursor` on and keeps those that `wanted` takes, at most `max_bytes` of
-  // them.
+  // Looks at up to `count` keys from `cursor` on, and no further when they have `max_bytes`; keeps those that
+  // `wanted` takes.
   ScanPage scan(uint64_t cursor, uint64_t count, uint64_t max_bytes,
                 const std::function<bool(std::string_view key, Kind kind)>& wanted) const;
 

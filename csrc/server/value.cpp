@@ -139,7 +139,9 @@ bool ValueMemory::take_pages(Value& value, size_t bytes, Slab*& fresh) {
     return false;
   }
   fresh = domain_ != nullptr ? &slabs_.back() : nullptr;
-  return carve(slabs_.back(), need, value);
+  // What is left of the last huge page of a value's own slab is nobody else's: a small one there would keep
+  // all.
+  return carve(slabs_.back(), need < kOwnSlabBytes ? need : slabs_.back().size, value);
 }
 
 bool ValueMemory::carve(Slab& slab, size_t bytes, Value& value) {

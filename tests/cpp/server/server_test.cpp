@@ -601,6 +601,15 @@ TEST_CASE("the two protocols differ where clients expect it") {
   CHECK(client.receive(4) == "%1\r\n");
 }
 
+TEST_CASE("patterns are bounded, as they are compared with every key") {
+  Running running;
+  Client client = running.client();
+  client.send(words({"SCAN", "0", "MATCH", std::string(1025, '*')}));
+  CHECK(client.line().substr(0, 15) == "-ERR a pattern ");
+  client.send(words({"SCAN", "0", "MATCH", std::string(1024, '*')}));
+  CHECK(client.line() == "*2\r\n");
+}
+
 TEST_CASE("a name cannot make two lines of one in the list of clients") {
   Running running;
   Client client = running.client();

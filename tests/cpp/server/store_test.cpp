@@ -125,6 +125,15 @@ TEST_CASE("memory: room in huge pages is free again when all values in a page ar
   CHECK(values[0]->bytes().data() == small);
 }
 
+TEST_CASE("memory: nothing keeps the huge pages of a large value that went") {
+  const auto memory = ValueMemory::make(1024 * kMiB, 2 * kMiB);
+  auto large = memory->allocate(100 * kMiB + 4096);
+  const auto small = memory->allocate(kMiB);
+  CHECK(memory->held_bytes() <= 102 * kMiB + 32 * kMiB + 2 * 128);
+  large.reset();
+  CHECK(memory->held_bytes() <= 32 * kMiB + 128);
+}
+
 TEST_CASE("memory: chunks of a model share slabs, without gaps") {
   const auto memory = ValueMemory::make(1024 * kMiB);
   std::vector<std::shared_ptr<Value>> values;
@@ -228,10 +237,11 @@ TEST_CASE("store: a scan gives every key that stays exactly once, whatever comes
     ++step;
   } while (cursor != 0);
   for (int i = 0; i < 500; ++i) CHECK(seen["stays" + std::to_string(i)] == 1);
-  // Bytes of one page are bounded.
+  // Bytes of one page are bounded, those of keys that nobody wanted, too.
   const ScanPage page = store.scan(0, 500, 20, [](std::string_view, Kind) { return true; });
   CHECK(page.keys.size() == 4);
   CHECK(page.cursor != 0);
+  CHECK(store.scan(0, 500, 20, [](std::string_view, Kind) { return false; }).cursor == page.cursor);
 }
 
 TEST_CASE("store: readers and writers at once see whole values only") {
