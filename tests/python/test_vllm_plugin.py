@@ -93,6 +93,15 @@ def test_other_models_are_left_alone(vllm: FakeVllm, checkpoint: Path) -> None:
         vllm.arg_utils.EngineArgs(model="xyz://h/m")
 
 
+def test_an_engine_that_looks_for_every_name_finds_ours(vllm: FakeVllm, url: str, checkpoint: Path) -> None:
+    """Before 0.26 `get_model_path` is asked whatever `is_cloud_storage` says."""
+    register()
+    assert vllm.arg_utils.get_model_path(url, None) == url
+    assert vllm.arg_utils.get_model_path(str(checkpoint), None) == str(checkpoint)
+    with pytest.raises(HubError):
+        vllm.arg_utils.get_model_path("meta/llama", None)
+
+
 def test_the_kill_switch(vllm: FakeVllm, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RDMALOAD_VLLM_PLUGIN", "0")
     with pytest.raises(HubError):
