@@ -23,6 +23,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import rdmaload
+from tests.engines.test_sglang_engine import Sglang
 from tests.support.fault_proxy import FaultProxy
 from tests.support.faults import Stall
 from tests.support.s3 import moto_s3, s3_url
@@ -246,6 +247,19 @@ def test_quantised(vllm: Vllm, redis: RedisServer, models: Path, own: dict[str, 
         assert model.manifest is not None
         assert model.manifest.identity["quantization"] == "compressed-tensors"
         assert str(model.rank_tensors(0)["model.layers.0.mlp.down_proj.weight"].dtype) == "I8"
+
+
+def test_what_sglangs_own_connector_has_saved(
+    vllm: Vllm, sglang_python: str, redis: RedisServer, models: Path, own: dict[str, Any], tmp_path: Path
+) -> None:
+    """vLLM takes it: the names and shapes of a model that needs no other kernels are the same in both engines."""
+    actions: list[list[Any]] = []
+    for name in ("plain", "tied"):
+        actions += [["start", {"model_path": str(models / name)}]]
+        actions += [["rpc", "save_remote_model", {"url": redis.url(f"sglangs-{name}")}], ["stop"]]
+    Sglang(sglang_python, tmp_path).drive(actions, RDMALOAD_SGLANG_PLUGIN="0")
+    answers = vllm.drive(_loads(redis.url("sglangs-plain"), redis.url("sglangs-tied")))
+    assert _tokens(answers) == [own["plain"], own["tied"]]
 
 
 def test_two_ranks(vllm: Vllm, redis: RedisServer, models: Path) -> None:
