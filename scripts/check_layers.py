@@ -36,6 +36,7 @@ PYTHON_ORDER = [
         "threads",
         "generations",
         "file_manifest",
+        "digests",
         "disk_cache",
         "reader",
         "report",

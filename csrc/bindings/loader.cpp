@@ -64,7 +64,7 @@ class LoadOperation {
 
 std::shared_ptr<StoreLayout> make_layout(
     const std::vector<std::tuple<std::string, uint64_t, uint64_t>>& files, uint64_t chunk_bytes,
-    bool object_per_chunk, const py::buffer& crcs) {
+    bool object_per_chunk, const py::buffer& crcs, const std::vector<std::string>& digests) {
   auto layout = std::make_shared<StoreLayout>();
   layout->files.reserve(files.size());
   for (const auto& [object, bytes, first_chunk] : files)
@@ -72,6 +72,7 @@ std::shared_ptr<StoreLayout> make_layout(
   layout->chunk_bytes = chunk_bytes;
   layout->object_per_chunk = object_per_chunk;
   layout->crcs = crcs_from_bytes(crcs);
+  for (const std::string& kind : digests) layout->digests.push_back(crc_kind(kind));
   layout->validate();
   return layout;
 }
@@ -164,7 +165,7 @@ void register_loader(py::module_& module) {
 
   py::class_<StoreLayout, std::shared_ptr<StoreLayout>>(module, "StoreLayout")
       .def(py::init(&make_layout), py::arg("files"), py::arg("chunk_bytes"), py::arg("object_per_chunk"),
-           py::arg("crcs"));
+           py::arg("crcs"), py::arg("digests") = std::vector<std::string>{});
 
   py::class_<PlanLimits>(module, "PlanLimits")
       .def(py::init([](bool whole_chunks, uint64_t read_bytes, uint64_t coalesce_gap,
@@ -247,6 +248,16 @@ void register_loader(py::module_& module) {
              const std::vector<ReadTrace> trace = self.load().trace();
              py::list list(trace.size());
              for (size_t i = 0; i < trace.size(); ++i) list[i] = describe(trace[i]);
+             return list;
+           })
+      .def("digests",
+           [](LoadOperation& self) {
+             const std::vector<PieceDigest> digests = self.load().digests();
+             py::list list(digests.size());
+             for (size_t i = 0; i < digests.size(); ++i) {
+               const PieceDigest& piece = digests[i];
+               list[i] = py::make_tuple(piece.file, piece.offset, piece.bytes, piece.digest);
+             }
              return list;
            })
       .def("counters", [](LoadOperation& self) {

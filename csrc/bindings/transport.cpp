@@ -179,6 +179,7 @@ void register_transport(py::module_& module) {
   py::class_<Transport, std::shared_ptr<Transport>>(module, "Transport")
       .def_property_readonly("path", [](const Transport& self) { return std::string(self.path()); })
       .def_property_readonly("fallback_reason", &Transport::fallback_reason)
+      .def_property_readonly("keeps_digests", &Transport::keeps_digests)
       .def_property_readonly("description", &Transport::description)
       .def_property_readonly("connections", &Transport::connections);
 

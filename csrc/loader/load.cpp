@@ -119,6 +119,10 @@ void Load::prepare(Slot& slot, const PlannedRead& planned) {
     }
   }
   slot.checksum = options_.verify && planned.crc.has_value();
+  slot.digest_kind = CrcKind::kNone;
+  if (options_.verify && !slot.checksum && !layout_->digests.empty() && transport_->keeps_digests()) {
+    slot.digest_kind = layout_->digests[planned.file];
+  }
   slot.priority = sequence_;
   slot.owner = this;
   slot.planned = &planned;
@@ -171,6 +175,9 @@ void Load::complete(Read& read, const Status& transport_status) noexcept {
         read_done_[static_cast<size_t>(slot.planned - plan_->reads.data())] = true;
         counters_.done_bytes += slot.length;
         counters_.cached_bytes += slot.cached_bytes;
+        if (slot.digest_kind != CrcKind::kNone) {
+          digests_.push_back({slot.planned->file, slot.offset, slot.length, slot.digest});
+        }
         (slot.checksum ? counters_.verified_bytes : counters_.unverified_bytes) += slot.length;
         last_progress_ = Clock::now();
       } else {
@@ -321,6 +328,11 @@ std::vector<uint32_t> Load::finished_files() const {
 std::vector<ReadTrace> Load::trace() const {
   std::lock_guard lock(mutex_);
   return trace_;
+}
+
+std::vector<PieceDigest> Load::digests() const {
+  std::lock_guard lock(mutex_);
+  return digests_;
 }
 
 LoadCounters Load::counters() const {

@@ -49,6 +49,15 @@ struct ReadTrace {
   bool ok = false;
 };
 
+// The CRC of one read of a file of which the store has one (StoreLayout::digests). The caller combines them:
+// only who knows of all loads of a file knows when it is complete.
+struct PieceDigest {
+  uint32_t file = 0;
+  uint64_t offset = 0;
+  uint64_t bytes = 0;
+  uint64_t digest = 0;
+};
+
 struct LoadCounters {
   uint64_t done_bytes = 0;  // of completed reads
   uint64_t verified_bytes = 0;
@@ -84,6 +93,8 @@ class Load final : private ReadOwner {
   LoadCounters counters() const;
   // Attempts that have ended, in that order; empty without LoadOptions::trace.
   std::vector<ReadTrace> trace() const;
+  // Of the reads that have succeeded, in no order; they count as unverified.
+  std::vector<PieceDigest> digests() const;
 
  private:
   struct Slot : Read {
@@ -127,6 +138,7 @@ class Load final : private ReadOwner {
   std::string failed_object_;
   LoadCounters counters_;
   std::vector<ReadTrace> trace_;
+  std::vector<PieceDigest> digests_;
   Clock::time_point started_;
   Clock::time_point last_progress_;
   Clock::time_point finished_;

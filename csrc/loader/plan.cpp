@@ -163,6 +163,9 @@ uint64_t StoreLayout::chunk_count(uint32_t file) const {
 }
 
 void StoreLayout::validate() const {
+  if (!digests.empty() && digests.size() != files.size()) {
+    throw Error(ErrorCode::kInvalid, "a layout has a checksum of every whole file, or of none");
+  }
   if (crcs.empty()) return;
   for (uint32_t file = 0; file < files.size(); ++file) {
     const uint64_t count = chunk_count(file);

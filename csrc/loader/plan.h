@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "core/crc.h"
 #include "loader/tensor_index.h"
 
 namespace rdmaload {
@@ -28,6 +29,7 @@ struct StoreLayout {
   uint64_t chunk_bytes = 0;       // 0: files are not divided and have no checksums
   bool object_per_chunk = false;  // true: chunk n is the object "<object>n"; false: a range of the object
   std::vector<uint32_t> crcs;     // CRC32C per chunk, file by file; empty: none known
+  std::vector<CrcKind> digests;   // per file, the CRC that the store has of all of it; empty: none known
 
   uint64_t chunk_count(uint32_t file) const;
   // Throws kFormat unless the checksums are those of exactly these files.

@@ -19,6 +19,7 @@ class SegmentCursor {
   SegmentCursor() = default;
   explicit SegmentCursor(Read& read) : read_(&read), left_(read.length) {
     read.crc = 0;
+    read.digest = 0;
     read.copied_bytes = 0;
     read.checksum_time = {};
     skip_empty();
@@ -29,6 +30,7 @@ class SegmentCursor {
     cursor.read_ = &read;
     cursor.left_ = read.length - read.received;
     if (read.received == 0) read.crc = 0;
+    if (read.received == 0) read.digest = 0;
     read.copied_bytes = 0;
     read.checksum_time = {};
     cursor.skip_empty();
@@ -41,7 +43,7 @@ class SegmentCursor {
   }
 
   uint64_t left() const noexcept { return left_; }
-  bool checksums() const noexcept { return read_->checksum; }
+  bool checksums() const noexcept { return read_->checksum || read_->digest_kind != CrcKind::kNone; }
 
   // Fills `vectors` with the places of the next bytes, at most max_bytes of them. Dropped bytes go to
   // `scratch` (over and over: they are checksummed before the next call). Returns how many vectors were
@@ -89,18 +91,16 @@ class SegmentCursor {
   void advance(std::span<const iovec> vectors, size_t bytes) noexcept {
     left_ -= bytes;
     const bool first = read_->times.first_byte == Clock::time_point{};
-    const auto begin = read_->checksum || first ? Clock::now() : Clock::time_point{};
+    const auto begin = checksums() || first ? Clock::now() : Clock::time_point{};
     if (first) read_->times.first_byte = begin;
     for (const iovec& vector : vectors) {
       const size_t size = std::min(vector.iov_len, bytes);
       if (size == 0) break;
-      if (read_->checksum) {
-        read_->crc = crc32c(read_->crc, {static_cast<const std::byte*>(vector.iov_base), size});
-      }
+      check({static_cast<const std::byte*>(vector.iov_base), size});
       bytes -= size;
       step(size);
     }
-    if (read_->checksum) read_->checksum_time += Clock::now() - begin;
+    if (checksums()) read_->checksum_time += Clock::now() - begin;
     skip_empty();
   }
 
@@ -109,7 +109,7 @@ class SegmentCursor {
     left_ -= bytes.size();
     if (read_->times.first_byte == Clock::time_point{}) read_->times.first_byte = Clock::now();
     read_->copied_bytes += bytes.size();
-    if (read_->checksum) read_->crc = crc32c(read_->crc, bytes);
+    check(bytes);
     while (!bytes.empty()) {
       const Segment& piece = read_->segments[segment_];
       const size_t size = std::min(piece.size - within_, bytes.size());
@@ -121,6 +121,10 @@ class SegmentCursor {
   }
 
  private:
+  void check(std::span<const std::byte> bytes) noexcept {
+    if (read_->checksum) read_->crc = crc32c(read_->crc, bytes);
+    if (read_->digest_kind != CrcKind::kNone) read_->digest = crc(read_->digest_kind, read_->digest, bytes);
+  }
   void step(size_t size) noexcept {
     within_ += size;
     if (within_ == read_->segments[segment_].size) {

@@ -164,6 +164,7 @@ StagedTransport::Slot* StagedTransport::take_slot_locked(Read& read) {
   slot->segments.assign(1, {slot->data, read.length});
   slot->memory_owner = ring_;
   slot->checksum = read.checksum || options_.verify_device;
+  slot->digest_kind = read.digest_kind;
   slot->priority = read.priority;
   slot->proxy = proxy_locked(*read.owner);
   slot->owner = slot->proxy.get();
@@ -359,6 +360,7 @@ Status StagedTransport::quiet(Slot& slot) const {
 void StagedTransport::finish(Slot& slot, Status status) noexcept {
   Read& outer = *slot.outer;
   outer.crc = slot.crc;
+  outer.digest = slot.digest;
   outer.copied_bytes = slot.copied_bytes;
   outer.cached_bytes = slot.cached_bytes;
   outer.checksum_time = slot.checksum_time;

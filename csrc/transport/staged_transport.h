@@ -78,6 +78,7 @@ class StagedTransport final : public Transport {
   std::string_view path() const noexcept override;  // the source's, with "+staged-gpu"
   // The source's; without one, that kernels would have been used and why they were not.
   std::string fallback_reason() const override;
+  bool keeps_digests() const noexcept override { return source_->keeps_digests(); }
   int connections() const noexcept override { return source_->connections(); }
 
   // Writes from now on come after what `consumer` (a stream of the device) has to do now: call it between

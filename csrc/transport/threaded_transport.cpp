@@ -42,6 +42,7 @@ void ThreadedTransport::work() {
       status = cancelled_status();
     } else {
       if (read->received == 0) read->crc = 0;
+      if (read->received == 0) read->digest = 0;
       read->copied_bytes = 0;
       read->checksum_time = {};
       try {

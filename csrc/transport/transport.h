@@ -9,7 +9,8 @@
 //   to 0 to have everything read again.
 // - cancel(owner) makes every read of that owner complete soon, with kCancelled unless it was done already.
 // - Destroying a transport completes whatever is outstanding with kCancelled first.
-// - With `checksum` set, `crc` is the CRC32C of the read's bytes in order, dropped ones included.
+// - With `checksum` set, `crc` is the CRC32C of the read's bytes in order, dropped ones included. With
+//   `digest_kind` set, `digest` is that CRC of them, where the transport keeps_digests().
 #pragma once
 
 #include <cstddef>
@@ -20,6 +21,7 @@
 #include <string_view>
 #include <vector>
 
+#include "core/crc.h"
 #include "core/deadline.h"
 #include "core/error.h"
 
@@ -58,14 +60,18 @@ struct Read {
   std::vector<Segment> segments;
   std::shared_ptr<void> memory_owner;  // keeps the segments' memory alive for callers outside this library
   bool checksum = false;
+  CrcKind digest_kind =
+      CrcKind::kNone;     // a CRC that the store has of the whole object, for which this is a part
   uint64_t priority = 0;  // lower first, where several owners' reads wait
   ReadOwner* owner = nullptr;
   DeviceFill* device_fill = nullptr;
-  // Bytes at the front that failed attempts left in place, `crc` being theirs; other transports leave it 0.
+  // Bytes at the front that failed attempts left in place, `crc` and `digest` being theirs; other transports
+  // leave it 0.
   uint64_t received = 0;
 
   // What became of it: valid in ReadOwner::complete().
   uint32_t crc = 0;
+  uint64_t digest = 0;
   uint64_t copied_bytes = 0;  // bytes a CPU moved again after they had reached user memory
   std::chrono::nanoseconds checksum_time{0};
   std::chrono::milliseconds retry_after{0};  // the server asked not to be asked again before
@@ -105,6 +111,8 @@ class Transport {
   virtual std::string fallback_reason() const { return {}; }
   // What is known of the way that is taken, for a log; empty where path() says it all.
   virtual std::string description() const { return {}; }
+  // Whether Read::digest is filled in.
+  virtual bool keeps_digests() const noexcept { return false; }
   // Threads or connections that work at once.
   virtual int connections() const noexcept = 0;
 };

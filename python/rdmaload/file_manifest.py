@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 
 from rdmaload.connectors.connector import FileConnector
-from rdmaload.errors import NotFoundError, NotSupportedError, StaleGenerationError
+from rdmaload.connectors.objects import ObjectConnector
+from rdmaload.errors import AuthenticationError, NotFoundError, NotSupportedError, StaleGenerationError
 from rdmaload.generations import check_digest
 from rdmaload.index import Index, index_of_files
 from rdmaload.manifest import Manifest
 
 __all__ = ["FILE_MANIFEST", "file_index_path", "part_path", "resolve_files"]
+
+_log = logging.getLogger("rdmaload")
 
 FILE_MANIFEST = ".rdmaload/manifest"
 """Where the manifest lies beside the files of an object store."""
@@ -45,9 +49,38 @@ def resolve_files(connector: FileConnector) -> tuple[Manifest | None, Index]:
             )
         index = index_of_files(connector)
     tags = {file.path: file.etag for file in index.files if file.etag is not None}
+    if manifest is not None and index.crcs and connector.options.verify != "off" and tags:
+        tags |= _vouched_for(connector, index)
     if tags:
         connector.pin(tags)
     return manifest, index
+
+
+def _vouched_for(connector: FileConnector, index: Index) -> dict[str, str]:
+    """The ETags that files have now where they are not those of the manifest, but the size is.
+
+    So it is when a model was copied from bucket to bucket. Its checksums say whether these are the files that were
+    saved: every chunk is compared, and the ETag is pinned for the length of the load only.
+    """
+    if not isinstance(connector, ObjectConnector) or not connector.pins_versions:
+        return {}
+    try:
+        now = {info.path: info for info in connector.list_files()}
+    except (AuthenticationError, NotFoundError) as err:  # who may read need not be let list
+        _log.info("%s: files are pinned to the manifest's ETags, as they cannot be listed: %s", connector.url, err)
+        return {}
+    found = {}
+    for file in index.files:
+        info = now.get(file.path)
+        if file.etag and info is not None and info.etag and info.size == file.size and info.etag != file.etag:
+            found[file.path] = info.etag
+    if found:
+        _log.info(
+            "%s: %d files have other ETags than when they were saved (copied, or replaced): checksums decide",
+            connector.url,
+            len(found),
+        )
+    return found
 
 
 def _manifest_and_index(connector: FileConnector) -> tuple[Manifest | None, Index]:

@@ -9,6 +9,7 @@ from collections.abc import Set as AbstractSet
 
 from rdmaload import _core, devices
 from rdmaload.devices import DeviceRoad
+from rdmaload.digests import WholeFiles
 from rdmaload.reader import Batch, StoreReader, Tick
 from rdmaload.report import Report
 from rdmaload.selection import RankTensors, placed_tensors, plans_of
@@ -32,6 +33,7 @@ class Filling:
     ) -> None:
         self.loaded: list[str] = []
         """Targets that are complete."""
+        self._whole: WholeFiles | None = None
         self._weights = weights
         self._targets = targets
         self._first: _Names = {}  # by stored tensor: its first target, and those tied to that
@@ -57,9 +59,13 @@ class Filling:
 
     def run(self, reader: StoreReader, stats: LoadStats, report: Report, window_bytes: int, road_to: RoadTo) -> None:
         """Read everything. Raises the first error; `loaded` says what is complete all the same."""
+        self._whole = reader.whole_files()
         roads = self._roads(stats, road_to)
         in_place = sorted(self._in_place.items(), key=_host_first) or [(None, {})]
-        plans = [reader.plan(self._weights.native, list(names), into_tensors=True) for _, names in in_place]
+        alone = len(in_place) + len(self._staged) == 1
+        plans = [
+            reader.plan(self._weights.native, list(names), into_tensors=True, alone=alone) for _, names in in_place
+        ]
         staged_bytes = sum(self._nbytes(names) for names in self._staged.values())
         direct_bytes = sum(plan.wanted_bytes for plan in plans)
         tick = report.expect(direct_bytes + staged_bytes, len(self._files(self._first) | self._files_staged()))
@@ -127,9 +133,11 @@ class Filling:
                     memory = [
                         import_target(tied[0], self._targets[tied[0]], self._size(p)) for p, tied in names.items()
                     ]
-                    batches.append(reader.start(plan, memory))
+                    batches.append(reader.start(plan, memory, whole=self._whole))
                 else:
-                    batches.append(reader.start(plan, road.destinations(targets), road=road, tensors=targets))
+                    batches.append(
+                        reader.start(plan, road.destinations(targets), road=road, tensors=targets, whole=self._whole)
+                    )
         except BaseException as error:
             failure = error
         for batch, (plan, (_, names)), batch_tick in zip(batches, chosen, ticks, strict=False):
@@ -186,7 +194,9 @@ class Filling:
     ) -> Generator[bool, None, None]:
         import torch
 
-        plans = plans_of(reader, self._weights, sorted(chosen), window_bytes, into_tensors=road is not None)
+        plans = plans_of(
+            reader, self._weights, sorted(chosen), window_bytes, into_tensors=road is not None, alone=False
+        )
         specs = self._weights.specs
         batches = reader.stream(
             plans,
@@ -196,6 +206,7 @@ class Filling:
             reuse=True,
             road=road,
             empty=None if road is None else lambda plan: [road.empty(specs[p]) for p, _, _ in plan.placements()],
+            whole=self._whole,
         )
         try:
             for batch in batches:

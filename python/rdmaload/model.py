@@ -22,6 +22,7 @@ from rdmaload import _core, host_memory
 from rdmaload.connectors.connector import Connector, FileConnector, KeyValueConnector
 from rdmaload.devices import DeviceRoad, checked_device, open_road
 from rdmaload.errors import (
+    IntegrityError,
     LayoutMismatchError,
     LoadTimeoutError,
     NotFoundError,
@@ -38,7 +39,16 @@ from rdmaload.manifest import Manifest
 from rdmaload.node_group import NodeGroup
 from rdmaload.reader import StoreReader
 from rdmaload.report import ProgressCallback, Report
-from rdmaload.selection import Patterns, RankTensors, as_patterns, is_selected, placed_tensors, plans_of, tensors_of
+from rdmaload.selection import (
+    Names,
+    Patterns,
+    RankTensors,
+    as_patterns,
+    is_selected,
+    placed_tensors,
+    plans_of,
+    tensors_of,
+)
 from rdmaload.stats import LoadStats
 from rdmaload.tensors import TensorSpec, check_dtype, converted_bytes
 from rdmaload.timeline import Timeline
@@ -224,7 +234,7 @@ class Model:
         with self._load_report(stats, progress) as report:
             begin = time.perf_counter()
             weights = self._weights_of(rank)
-            selection, names = weights.select(include, exclude)
+            selection, names = self._select(weights, include, exclude)
             plan = self._reader.plan(weights.native, selection)
             report.stage("plan", begin)
             host_memory.require(
@@ -326,7 +336,7 @@ class Model:
         self._check_open()
         with self._load_report(stats, progress) as report:
             weights = self._weights_of(rank)
-            selection, names = weights.select(include, exclude)
+            selection, names = self._select(weights, include, exclude)
             plans = plans_of(self._reader, weights, selection, window)
             total = sum(weights.specs[position].nbytes for position in selection)
             limit = self._connector.options.max_host_bytes
@@ -368,7 +378,7 @@ class Model:
 
         self._check_open()
         weights = self._weights_of(rank)
-        selection, names = weights.select(include, exclude)
+        selection, names = self._select(weights, include, exclude)
         total = sum(weights.specs[position].nbytes for position in selection)
         options = self._connector.options
         host_memory.require(min(window, total), limit=options.max_host_bytes, url=self.url)
@@ -435,7 +445,7 @@ class Model:
         """As `_stream`, into GPU memory. Without a window all is read at once, unless `dtype` converts it in parts."""
         self._check_open()
         weights = self._weights_of(rank)
-        selection, names = weights.select(include, exclude)
+        selection, names = self._select(weights, include, exclude)
         total = sum(weights.specs[position].nbytes for position in selection)
         road = self.road_to(device.index, stats, total)
         if road is None:  # a torch that calls another maker's GPUs "cuda"
@@ -499,7 +509,7 @@ class Model:
         stats = self.stats_for(stats)
         with self._load_report(stats, progress) as report:
             weights = self._weights_of(rank)
-            selection, names = weights.select(include, exclude)
+            selection, names = self._select(weights, include, exclude)
             wanted = {name: weights.specs[position] for position in selection for name in names[position]}
             targets = Targets(target, wanted, self.url)
             targets.check_names(strict=strict, filtered=include is not None or exclude is not None)
@@ -507,11 +517,14 @@ class Model:
             try:
                 filling.run(self._reader, stats, report, self._window(None), self.road_to)
             except RdmaloadError as error:
+                # Of a file that is not what the store says, any tensor may be the wrong one.
+                wrong = error.key if isinstance(error, IntegrityError) else None
+                loaded = [name for name in filling.loaded if wrong is None or wanted[name].file != wrong]
                 raise PartialLoadError(
-                    f"{self.url}: {len(filling.loaded)} of {len(wanted)} tensors were loaded, then: {error}",
+                    f"{self.url}: {len(loaded)} of {len(wanted)} tensors were loaded, then: {error}",
                     url=self.url,
                     key=error.key,
-                    loaded=filling.loaded,
+                    loaded=loaded,
                 ) from error
         return stats
 
@@ -567,6 +580,11 @@ class Model:
                 for block in blocks:
                     stats.bytes += len(block)
         return stats
+
+    def _select(self, weights: RankTensors, include: Patterns, exclude: Patterns) -> tuple[list[int], Names]:
+        selection, names = weights.select(include, exclude)
+        self._reader.require_whole(lambda: weights.read_of(selection))
+        return selection, names
 
     def _weights_of(self, rank: int | None) -> RankTensors:
         self._check_open()

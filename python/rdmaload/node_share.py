@@ -219,6 +219,7 @@ class _Producer:
         self._done = dict.fromkeys(self._peers, 0)  # parts that each member is through with
         self._beat_seconds = read.inactivity_timeout / _BEATS
         self._next_beat = 0.0
+        self._whole = read.reader.whole_files()
         self._thread = threading.Thread(target=self._run, name="rdmaload-node", daemon=True)
 
     def start(self) -> None:
@@ -300,7 +301,7 @@ class _Producer:
                 )
                 destinations.append(import_target(spec.name, place, spec.nbytes))
             plan = read.reader.plan(read.weights.native, list(part.positions), into_tensors=True)
-            return descriptor, read.reader.start(plan, destinations)
+            return descriptor, read.reader.start(plan, destinations, whole=self._whole)
         except BaseException:
             os.close(descriptor)
             raise

@@ -1,8 +1,9 @@
 """Save into an object store: plain file names, uploaded in parallel parts, and a manifest with checksums beside them.
 
 Objects are replaced one by one, and the manifest last: who opens the model meanwhile finds the old manifest, whose
-files are pinned to their versions, and gets a clear error rather than a mix. Files that an interrupted save of the
-same content finished are not sent again: notes under `.rdmaload/saving/` say which, until the manifest is written.
+files are pinned to their versions, and gets a clear error rather than a mix. Files and parts of files that an
+interrupted save of the same content has sent are not sent again: notes under `.rdmaload/saving/` say which, until the
+manifest is written.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import replace
 
 from rdmaload._core import crc32c
 from rdmaload.connectors.objects import ObjectConnector, Upload
-from rdmaload.errors import IntegrityError, NotFoundError
+from rdmaload.errors import IntegrityError, LoadTimeoutError, NotFoundError, UnavailableError
 from rdmaload.file_manifest import FILE_MANIFEST, file_index_path, part_path
 from rdmaload.files_save import existing_files, is_ours_to_remove, refuse_existing, save_phase
 from rdmaload.index import Index, IndexFile
@@ -148,7 +149,7 @@ def _remove_index_of(connector: ObjectConnector, manifest: bytes) -> None:
 
 
 class _Notes:
-    """Which files an interrupted save of the same content has finished."""
+    """Which files an interrupted save of the same content has finished, and which uploads it has begun."""
 
     def __init__(self, connector: ObjectConnector, chunk_bytes: int) -> None:
         self._connector = connector
@@ -177,12 +178,39 @@ class _Notes:
             return None
         return etag, crcs
 
-    def write(self, source: Source, etag: str, crcs: bytes) -> None:
+    def find_upload(self, source: Source, part_bytes: int) -> Upload | None:
+        """The upload of a file that was cut off, to go on with."""
         if source.fingerprint() is None:
-            return
-        note = {"content": self._content(source), "etag": etag, "crcs": crcs.hex()}
+            return None
         path = self._path(source)
-        self._connector.put(path, json.dumps(note).encode())
+        value = self._connector.read_small(path)
+        try:
+            note = json.loads(value or b"")
+            if note["content"] != self._content(source) or note["part_bytes"] != part_bytes:
+                return None
+            token = str(note["upload"])
+        except (ValueError, KeyError, TypeError):
+            return None
+        with self._lock:
+            self._written.add(path)
+        return self._connector.resume_upload(source.path, token)
+
+    def write_upload(self, source: Source, part_bytes: int, upload: Upload) -> None:
+        """Note an upload, so that a later attempt can go on with it."""
+        if source.fingerprint() is not None and upload.resume_token:
+            self._put(source, {"upload": upload.resume_token, "part_bytes": part_bytes})
+
+    def write(self, source: Source, etag: str, crcs: bytes) -> None:
+        if source.fingerprint() is not None:
+            self._put(source, {"etag": etag, "crcs": crcs.hex()})
+
+    def keeps(self, source: Source, upload: Upload) -> bool:
+        """Whether a later attempt will go on with this upload."""
+        return source.fingerprint() is not None and bool(upload.resume_token)
+
+    def _put(self, source: Source, said: dict[str, object]) -> None:
+        path = self._path(source)
+        self._connector.put(path, json.dumps({"content": self._content(source), **said}).encode())
         with self._lock:
             self._written.add(path)
 
@@ -278,9 +306,11 @@ class _Writer:
                 tick=lambda: self._tick(self._bytes_done, self._files_done, self.skipped_bytes),
                 name="rdmaload-save",
             )
-        except BaseException:
+        except BaseException as failure:
+            # Only what another attempt can go on with stays: `prune` removes it when none comes.
+            passes = isinstance(failure, (UnavailableError, LoadTimeoutError, KeyboardInterrupt))
             for file in files:
-                if file.upload is not None:
+                if file.upload is not None and not (passes and self._notes.keeps(file.source, file.upload)):
                     file.upload.abort()
             raise
 
@@ -297,8 +327,9 @@ class _Writer:
         if not file.skipped:
             try:
                 self._read(file, part * file.part_bytes, data)
-                if file.upload is not None:
-                    file.upload.send(part + 1, data)
+                if file.upload is not None and not file.upload.send(part + 1, data):
+                    with self._lock:
+                        self.skipped_bytes += len(data)
             except BaseException:
                 if file.upload is not None:
                     file.upload.interrupt()
@@ -326,7 +357,10 @@ class _Writer:
                     self._bytes_done += source.size
                     self.skipped_bytes += source.size
             elif file.parts > 1:
-                file.upload = self._connector.begin_upload(source.path)
+                file.upload = self._notes.find_upload(source, file.part_bytes)
+                if file.upload is None:
+                    file.upload = self._connector.begin_upload(source.path)
+                    self._notes.write_upload(source, file.part_bytes, file.upload)
 
     def _read(self, file: _File, offset: int, data: bytearray) -> None:
         source, view = file.source, memoryview(data)

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from rdmaload.errors import AuthenticationError, UrlError
-from rdmaload.urls import Url, is_secret_option
+from rdmaload.urls import Url, holds_user, is_secret_option
 
 __all__ = ["Options", "parse_size", "takes_none"]
 
@@ -116,6 +116,12 @@ def _text(value: object) -> str:
 
 
 _HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x20-\x7e\x80-\xff]*)")
+
+
+def _endpoint(value: object) -> str:
+    if holds_user(value):
+        raise _Wrong("a url without a user and without a query: credentials go into username= and password_env=")
+    return _text(value)
 
 
 def _headers(value: object) -> str:
@@ -229,7 +235,7 @@ class Options:
     """PEM file of its key, not encrypted; None = it is in `client_cert_file`."""
     server_name: str | None = _option(_text, None)
     """Name that a TLS server is asked for (SNI) and must have in its certificate; None = the url's host."""
-    endpoint_url: str | None = _option(_text, None)
+    endpoint_url: str | None = _option(_endpoint, None)
     """Where an object store is, such as http://127.0.0.1:9000; None = what boto3 finds."""
     region: str | None = _option(_text, None)
     """Region of a bucket; None = what boto3 finds, or where the bucket says that it is."""
@@ -353,7 +359,7 @@ def _converted(name: str, value: object, where: str) -> Any:
     try:
         return convert(value)
     except _Wrong as err:
-        shown = "" if is_secret_option(name) else f", not {str(value)[:80]!r}"
+        shown = "" if is_secret_option(name) or holds_user(value) else f", not {str(value)[:80]!r}"
         raise UrlError(f"option {name}{where} must be {err}{shown}") from None
 
 
@@ -364,7 +370,8 @@ def takes_none(name: str) -> bool:
 
 
 def _conflict(name: str, in_url: object, elsewhere: object, url: Url) -> UrlError:
-    shown = "" if is_secret_option(name) else f" ({in_url!r} and {elsewhere!r})"
+    hidden = is_secret_option(name) or holds_user(in_url) or holds_user(elsewhere)
+    shown = "" if hidden else f" ({in_url!r} and {elsewhere!r})"
     return UrlError(
         f"{name} is given in the url {url.redacted} and beside it with different values{shown}; keep one",
         url=url.redacted,

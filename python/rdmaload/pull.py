@@ -22,6 +22,8 @@ __all__ = ["blocks_of", "check_weights", "pull"]
 _log = logging.getLogger("rdmaload")
 
 _WINDOW_BYTES = 128 << 20  # read ahead of what has been written
+_FEW_FILES = 100
+_LARGE_BYTES = 1 << 20
 _BLOCK_BYTES = 16 << 20  # long enough to keep every connection busy within one
 
 
@@ -64,6 +66,10 @@ def blocks_of(
     """Each file (with its position in the index) and its verified content; a block is valid until the next."""
     chunk_bytes = index.chunk_bytes or 1
     block_bytes = max(1, _BLOCK_BYTES // chunk_bytes) * chunk_bytes  # whole chunks: none is read for two blocks
+    # One more request per file: not for thousands of small ones.
+    all_of_them = len(files) <= _FEW_FILES or reader.requires_whole
+    reader.expect_whole([position for position, file in files if all_of_them or file.size >= _LARGE_BYTES])
+    reader.require_whole(lambda: {file.path: (file.size, file.size) for _, file in files if file.size})
     done_before = 0
     finished: set[str] = set()
     for position, file in files:

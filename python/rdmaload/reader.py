@@ -11,13 +11,15 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rdmaload import _core
 from rdmaload.connectors.connector import Connector, FileConnector, KeyValueConnector
+from rdmaload.connectors.store_digests import FileDigest
+from rdmaload.digests import WholeFiles
 from rdmaload.disk_cache import cache_entries
 from rdmaload.errors import (
     IntegrityError,
@@ -64,6 +66,8 @@ class Batch:
     """On a GPU: those that the destinations are the memory of, one per selected tensor."""
     road: DeviceRoad | None = None
     """The way to the GPU that the destinations are on."""
+    whole: WholeFiles | None = None
+    """Where the store's own checksums of whole files are compared; of the load that this is a part of."""
 
     @property
     def arenas(self) -> Sequence[_core.HostArena]:
@@ -81,7 +85,15 @@ class StoreReader:
         self._etags = {file.path: file.etag for file in index.files if file.etag is not None and not index.crcs}
         self._maker = os.getpid()
         options = connector.options
-        if options.verify == "require" and not index.crcs and index.total_bytes > 0:
+        self._index = index
+        self._digests: dict[int, FileDigest] = {}  # per file that has one
+        self._asked_digests: set[int] = set()
+        self._lock = threading.Lock()
+        self._only_whole = False  # verify="require", and no checksums but those of whole files
+        if options.verify != "off" and not index.crcs and options.cache_dir is None:
+            self._ask_digests([position for position, file in enumerate(index.files) if file.header is not None])
+            self._only_whole = options.verify == "require" and bool(self._digests)
+        if options.verify == "require" and not index.crcs and index.total_bytes > 0 and not self._digests:
             remedy = "save the model to a store that keeps them"
             if index.checksums_pending:
                 remedy = (
@@ -119,16 +131,76 @@ class StoreReader:
         # What is kept on disk is kept in blocks, whether the store knows them or not.
         self._block_bytes = index.chunk_bytes or (_READ_BYTES if self._cached else 0)
         self._files, self._chunked, self._crcs = files, chunked, index.crcs
-        self._layout = _core.StoreLayout(files, self._block_bytes, chunked, index.crcs)
+        self._layout = self._new_layout()
         self.timeline: Timeline | None = None
         """Gets the times of every read, where there is one."""
         self._paths = [file.path for file in index.files]
         self._logged_fallback: str | None = None
         self._logged_way: str | None = None
-        self._lock = threading.Lock()
         self._transport: _core.Transport | None = None  # guarded by _lock
         self._closed = False  # guarded by _lock
         self._started: weakref.WeakSet[_core.LoadOperation] = weakref.WeakSet()  # guarded by _lock
+
+    def _new_layout(self) -> _core.StoreLayout:
+        kinds = [self._digests[at].kind if at in self._digests else "" for at in range(len(self._files))]
+        return _core.StoreLayout(
+            self._files, self._block_bytes, self._chunked, self._crcs, kinds if self._digests else ()
+        )
+
+    def _ask_digests(self, positions: Sequence[int]) -> None:
+        """Learn what the store has of these files, once."""
+        connector = self._connector
+        if not isinstance(connector, FileConnector):
+            return
+        with self._lock:
+            positions = [at for at in positions if at not in self._asked_digests]
+            self._asked_digests.update(positions)
+        found = connector.digests([self._index.files[at].path for at in positions]) if positions else {}
+        for at in positions:
+            digest = found.get(self._index.files[at].path)
+            if digest is not None:
+                self._digests[at] = digest
+
+    def expect_whole(self, positions: Sequence[int]) -> None:
+        """These files are going to be read whole: what the store has of them counts, too."""
+        if self._connector.options.verify != "off" and not self._index.crcs and not self._cached:
+            before = len(self._digests)
+            self._ask_digests(positions)
+            if len(self._digests) > before:
+                self._layout = self._new_layout()
+
+    @property
+    def requires_whole(self) -> bool:
+        """Whether every file that is read must be read whole, and have a checksum in the store."""
+        return self._only_whole
+
+    def require_whole(self, files: Callable[[], Mapping[str, tuple[int, int]]]) -> None:
+        """With verify="require": raise IntegrityError where a load could not be verified.
+
+        `files` are those that are read: the bytes that are wanted of each, and those that it has for tensors.
+        """
+        if not self._only_whole:
+            return
+        by_path = {file.path: at for at, file in enumerate(self._index.files)}
+        for path, (wanted, nbytes) in files().items():
+            why = ""
+            if by_path[path] not in self._digests:
+                why = "the store has no checksum of it that ranges can be compared with"
+            elif not self.transport().keeps_digests:
+                why = "what reads it here takes no checksums"
+            elif wanted < nbytes:
+                why = "the store's checksum is of the whole file, and only a part of it is selected"
+            if why:
+                raise IntegrityError(
+                    f"{path} in {self._connector.url}: verify='require', but {why}. Save the model with rdmaload, "
+                    "which keeps a checksum per chunk, or use verify='auto'",
+                    url=self._connector.url,
+                    key=path,
+                )
+
+    def whole_files(self) -> WholeFiles:
+        """For one load, whose parts all get it: what the store has of whole files is compared with all of them."""
+        return WholeFiles(self._connector.url, self._index.files, self._digests, must=self._only_whole)
 
     def close(self) -> None:
         """Close the connections; reads that run end with an error first."""
@@ -217,19 +289,25 @@ class StoreReader:
                 longest = min(READ_BYTES, max(1, connector.bytes_in_flight // connector.connections))
         return max(1, min(longest, max((file.size for file in index.files), default=1)))
 
-    def _limits(self) -> _core.PlanLimits:
+    def _limits(self, *, alone: bool) -> _core.PlanLimits:
         if self._values:
             return _core.PlanLimits(whole_chunks=False, read_bytes=self.read_bytes)
         # A connector written in Python reads values whole.
         whole = self._verify or bool(self._cached) or self.transport().path == "python"
+        if not alone:
+            return _core.PlanLimits(whole_chunks=whole, read_bytes=_READ_BYTES, coalesce_gap=0)
         return _core.PlanLimits(whole_chunks=whole, read_bytes=_READ_BYTES)
 
     def plan(
-        self, tensors: _core.TensorIndex, selection: Sequence[int], *, into_tensors: bool = False
+        self, tensors: _core.TensorIndex, selection: Sequence[int], *, into_tensors: bool = False, alone: bool = True
     ) -> _core.LoadPlan:
-        """A plan that puts the selected tensors into arenas, or each into a destination of its own."""
+        """A plan that puts the selected tensors into arenas, or each into a destination of its own.
+
+        Where it is not `alone`, other plans read the tensors between those: no byte must come twice, or the checksum
+        of a whole file could not be made of what came.
+        """
         make = _core.plan_into_tensors if into_tensors else _core.plan_into_arenas
-        return make(tensors, self._layout, list(selection), self._limits())
+        return make(tensors, self._layout, list(selection), self._limits(alone=alone or not self._digests))
 
     def start(
         self,
@@ -239,11 +317,12 @@ class StoreReader:
         deadline: float | None = None,
         road: DeviceRoad | None = None,
         tensors: Sequence[torch.Tensor] = (),
+        whole: WholeFiles | None = None,
     ) -> Batch:
         """Begin to read; the destinations are written until finish() has returned or raised.
 
         `deadline` (of time.monotonic) is that of a work of which this is a part; without it `timeout` begins now.
-        Destinations on a GPU, the memory of `tensors`, are reached by its `road`.
+        Destinations on a GPU, the memory of `tensors`, are reached by its `road`. `whole` is that of the same work.
         """
         options = self._connector.options
         timeout = options.timeout if deadline is None else max(0.001, deadline - time.monotonic())
@@ -253,7 +332,7 @@ class StoreReader:
             self._layout,
             plan,
             list(destinations),
-            verify=self._verify,
+            verify=self._verify or bool(self._digests),
             max_integrity_attempts=options.max_integrity_attempts,
             retry_timeout=options.retry_timeout,
             timeout=timeout,
@@ -265,7 +344,7 @@ class StoreReader:
                 raise self._closed_error()
             self._started.add(operation)
         operation.start()
-        return Batch(plan, destinations, operation, tensors, road)
+        return Batch(plan, destinations, operation, tensors, road, whole or self.whole_files())
 
     def _queued_bytes(self, transport: _core.Transport) -> int | None:
         if self._cached:
@@ -293,6 +372,10 @@ class StoreReader:
                 raise self._closed_error() from None
             raise self._explained(error, operation.failed_object or None) from None
         self._check_unchanged(batch.plan)
+        if batch.whole is not None and self._digests:
+            verified = batch.whole.add(operation.digests())
+            stats.verified_bytes += verified
+            stats.unverified_bytes -= verified
 
     def _tell(self, batch: Batch, tick: Tick | None) -> None:
         """Chunks on the border of two plans are read for both, so that what is read can be more than is wanted."""
@@ -311,6 +394,7 @@ class StoreReader:
         reuse: bool = False,
         road: DeviceRoad | None = None,
         empty: Callable[[_core.LoadPlan], list[torch.Tensor]] | None = None,
+        whole: WholeFiles | None = None,
     ) -> Iterator[Batch]:
         """Execute plans in order, reading ahead at most `window_bytes` (but one plan always), and yield each when done.
 
@@ -320,6 +404,7 @@ class StoreReader:
         """
         timeout = self._connector.options.timeout
         deadline = None if timeout is None else time.monotonic() + timeout
+        whole = whole or self.whole_files()
         ahead: deque[Batch] = deque()
         ahead_bytes = 0
         spare: list[_core.HostArena] = []
@@ -332,12 +417,17 @@ class StoreReader:
                     if road is not None and empty is not None:
                         tensors = empty(waiting)
                         batch = self.start(
-                            waiting, road.destinations(tensors), deadline=deadline, road=road, tensors=tensors
+                            waiting,
+                            road.destinations(tensors),
+                            deadline=deadline,
+                            road=road,
+                            tensors=tensors,
+                            whole=whole,
                         )
                         del tensors
                     else:
                         arenas = [_take(spare, nbytes) for nbytes in waiting.region_bytes]
-                        batch = self.start(waiting, arenas, deadline=deadline)
+                        batch = self.start(waiting, arenas, deadline=deadline, whole=whole)
                     ahead.append(batch)
                     del batch
                     ahead_bytes += waiting.wanted_bytes

@@ -117,6 +117,18 @@ class RankTensors:
         positions += [position for position, names in tied.items() if self.specs[position].name not in names]
         return sorted(positions), Names(self.specs, tied)
 
+    def read_of(self, selection: Sequence[int]) -> dict[str, tuple[int, int]]:
+        """The files that a selection reads: the bytes that it wants of each, and those of all tensors there."""
+        wanted: dict[str, int] = {}
+        for position in selection:
+            spec = self.specs[position]
+            wanted[spec.file] = wanted.get(spec.file, 0) + spec.nbytes
+        total = dict.fromkeys(wanted, 0)
+        for spec in self.specs:
+            if spec.file in total:
+                total[spec.file] += spec.nbytes
+        return {file: (nbytes, total[file]) for file, nbytes in wanted.items()}
+
 
 def plans_of(
     reader: StoreReader,
@@ -125,10 +137,11 @@ def plans_of(
     window_bytes: int | None,
     *,
     into_tensors: bool = False,
+    alone: bool = True,
 ) -> Iterator[_core.LoadPlan]:
     """Plans that read the selection in order, in parts of which several fit into the window; None = one plan."""
     if window_bytes is None:
-        yield reader.plan(weights.native, selection, into_tensors=into_tensors)
+        yield reader.plan(weights.native, selection, into_tensors=into_tensors, alone=alone)
         return
     part_bytes = max(1, window_bytes // _WINDOW_PARTS)
     part: list[int] = []
@@ -136,12 +149,12 @@ def plans_of(
     for position in selection:
         nbytes = weights.specs[position].nbytes
         if part and total + nbytes > part_bytes:
-            yield reader.plan(weights.native, part, into_tensors=into_tensors)
+            yield reader.plan(weights.native, part, into_tensors=into_tensors, alone=alone)
             part, total = [], 0
         part.append(position)
         total += nbytes
     if part:
-        yield reader.plan(weights.native, part, into_tensors=into_tensors)
+        yield reader.plan(weights.native, part, into_tensors=into_tensors, alone=alone)
 
 
 def placed_tensors(

@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote
 
 from rdmaload.errors import UrlError
 
-__all__ = ["SECRET_TEXT", "Url", "is_secret_option", "parse_url", "redact", "with_option"]
+__all__ = ["SECRET_TEXT", "Url", "holds_user", "is_secret_option", "parse_url", "redact", "with_option"]
 
 SECRET_TEXT = "***"
 """What stands for a secret in everything that we show."""
@@ -71,6 +71,12 @@ class Url:
         return f"Url({self.redacted!r})"
 
     __str__ = __repr__
+
+
+def holds_user(value: object) -> bool:
+    """Whether a value is a url with a user or a query in it, which may be secrets whatever the option is called."""
+    _, found, rest = str(value).partition("://")
+    return bool(found) and ("@" in rest or "?" in rest)
 
 
 def is_secret_option(name: str) -> bool:
@@ -264,8 +270,8 @@ def _parse_query(text: str, query_text: str) -> dict[str, str]:
 def _redact_query(query_text: str, *, everything: bool) -> str:
     items = []
     for item in query_text.split("&"):
-        name, equals, _ = item.partition("=")
-        secret = everything or is_secret_option(unquote(name))
+        name, equals, value = item.partition("=")
+        secret = everything or is_secret_option(unquote(name)) or holds_user(unquote(value))
         items.append(f"{name}={SECRET_TEXT}" if equals and secret else item)
     return "&".join(items)
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def url(endpoint: str, model: str) -> str:
 
 
 def put(endpoint: str, key: str, data: bytes) -> None:
-    client = boto_client(endpoint)
+    client = boto_client(endpoint, checksums=False)
     client.put_object(Bucket="bucket", Key=key, Body=data)
     client.close()
 
@@ -183,24 +184,68 @@ def test_an_interrupted_save_sends_finished_files_only_once(
     assert len([key for key in keys if key.endswith("/index")]) == 1
 
 
-def test_a_failed_upload_leaves_no_parts_behind(
-    endpoint: str, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_parts_of_an_interrupted_upload_are_not_sent_again(
+    endpoint: str, url: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    (source / "big.bin").write_bytes(bytes(40 * 2**20))
-    from rdmaload.connectors import s3
+    content = random.Random(5).randbytes(40 * 2**20)
+    (source / "big.bin").write_bytes(content)
+    from rdmaload.connectors.s3_upload import S3Upload
 
-    send = s3._Upload.send
+    send = S3Upload.send
+    new: list[int] = []
 
-    def breaks(self: s3._Upload, number: int, data: bytes | bytearray) -> None:
-        if number == 3:
+    def watched(self: S3Upload, number: int, data: bytes | bytearray) -> bool:
+        if number == broken:
             raise UnavailableError("the network broke")
-        send(self, number, data)
+        if sent := send(self, number, data):
+            new.append(number)
+        return sent
 
-    monkeypatch.setattr(s3._Upload, "send", breaks)
+    monkeypatch.setattr(S3Upload, "send", watched)
+    broken = 3
     with pytest.raises(UnavailableError, match="broke"):
-        rdmaload.save(source, url)
+        rdmaload.save(source, url, threads=1)
+    client = boto_client(endpoint)
+    assert len(client.list_multipart_uploads(Bucket="bucket").get("Uploads", [])) == 1
+    assert new == [1, 2]
+    broken = 0
+    stats = rdmaload.save(source, url, threads=2)
+    assert new == [1, 2, 3]
+    assert stats.skipped_bytes == 32 * 2**20
+    assert client.list_multipart_uploads(Bucket="bucket").get("Uploads", []) == []
+    assert client.get_object(Bucket="bucket", Key=f"models/{model}/big.bin")["Body"].read() == content
+    assert len(kept(endpoint, model)) == 2  # manifest and index: no note is left
+    # What is not the same bytes is sent, though its upload is known.
+    broken = 3
+    changed = content[:-5] + b"other"
+    (source / "big.bin").write_bytes(changed)
+    with pytest.raises(UnavailableError):
+        rdmaload.save(source, url, threads=1)
+    upload = client.list_multipart_uploads(Bucket="bucket")["Uploads"][0]
+    place = {"Bucket": "bucket", "Key": upload["Key"], "UploadId": upload["UploadId"]}
+    client.upload_part(**place, PartNumber=2, Body=bytes(16 * 2**20))
+    client.close()
+    new.clear()
+    broken = 0
+    rdmaload.save(source, url, threads=1)
+    assert new == [2, 3]
+    pulled = rdmaload.pull_files(url, tmp_path / "pulled", allow_pattern="*")
+    assert (pulled / "big.bin").read_bytes() == changed
+
+
+def test_a_failed_upload_that_nobody_can_go_on_with_leaves_no_parts_behind(
+    endpoint: str, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rdmaload.connectors.s3_upload import S3Upload
+
+    def breaks(self: S3Upload, number: int, data: bytes | bytearray) -> bool:
+        raise UnavailableError("the network broke")
+
+    monkeypatch.setattr(S3Upload, "send", breaks)
+    with pytest.raises(UnavailableError, match="broke"):
+        rdmaload.save({"w": torch.zeros(5 * 2**20)}, url)
     client = boto_client(endpoint)
     assert client.list_multipart_uploads(Bucket="bucket").get("Uploads", []) == []
     client.close()
@@ -458,6 +503,100 @@ def test_without_credentials_it_says_how_to_get_them() -> None:
         with pytest.raises(AuthenticationError, match="credentials"):
             rdmaload.open(f"s3://bucket/m?endpoint_url={server.endpoint}&region=us-east-1")
         assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error", "exit_code"),
+    [
+        (403, "InvalidAccessKeyId", AuthenticationError, 5),
+        (403, "SignatureDoesNotMatch", AuthenticationError, 5),
+        (400, "ExpiredToken", AuthenticationError, 5),
+        (403, "AccountProblem", AuthenticationError, 5),
+        (403, "InvalidObjectState", NotSupportedError, 8),
+        (404, "NoSuchBucket", NotFoundError, 3),
+        (429, "TooManyRequests", UnavailableError, 6),
+        (429, "SomethingOfAnotherVendor", UnavailableError, 6),
+        (503, "SlowDown", UnavailableError, 6),
+    ],
+)
+def test_refusals_are_told_apart_and_end_within_retry_timeout(
+    status: int, code: str, error: type, exit_code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rdmaload.cli import main
+
+    body = f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()
+    with HttpObjects({"/bucket/m/config.json": b"{}"}, lambda request, honest: Reply(status, {}, body)) as server:
+        with pytest.raises(error, match=code) as caught:
+            rdmaload.open(bent_url(server), retry_timeout=0.2)
+        # Each is tried again only where that may help, and no client under us tries for longer.
+        assert len(server.requests) > 2 if error is UnavailableError else len(server.requests) <= 2
+        assert len(server.requests) < 12
+        assert main(["info", f"{bent_url(server)}&retry_timeout=0.2"]) == exit_code
+    assert "secret" not in str(caught.value) + "".join(capsys.readouterr())
+
+
+def test_a_small_call_goes_on_when_the_store_comes_back(tiny_checkpoint: Checkpoint) -> None:
+    left = 7  # more than any client under us would try
+
+    def busy(request: Request, honest: Reply) -> Reply:
+        nonlocal left
+        if "list-type" not in request.query or left == 0:
+            return honest
+        left -= 1
+        return Reply(503, {}, b"<Error><Code>SlowDown</Code><Message>later</Message></Error>")
+
+    with HttpObjects(objects_of(tiny_checkpoint), busy) as server:
+        assert_loaded(rdmaload.load(bent_url(server), retry_timeout=60, connect_timeout=60), tiny_checkpoint)
+    assert left == 0
+
+
+def test_keys_of_the_environment_and_of_profiles_are_used_and_the_environment_stays(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "credentials"
+    shared.write_text("[other]\naws_access_key_id = FROMPROFILE\naws_secret_access_key = hush\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(shared))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "FROMENVIRONMENT")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "a-token")
+    before = dict(os.environ)
+    for given, key in (("", "FROMENVIRONMENT"), ("&profile=other", "FROMPROFILE")):
+        with HttpObjects(objects_of(tiny_checkpoint)) as server:
+            place = f"endpoint_url={server.endpoint}&addressing_style=path&region=us-east-1"
+            with rdmaload.open(f"s3://bucket/m?{place}{given}") as opened:
+                assert_loaded(opened.load(), tiny_checkpoint)
+                assert "hush" not in repr(opened)
+        weights = [request for request in server.requests if "X-Amz-Credential" in request.query]
+        small = [request for request in server.requests if "authorization" in request.headers]
+        assert weights
+        assert small
+        assert all(request.query["X-Amz-Credential"].startswith(f"{key}/") for request in weights)
+        assert all(f"Credential={key}/" in request.headers["authorization"] for request in small)
+        assert all(("X-Amz-Security-Token" in request.query) == (given == "") for request in weights)
+    assert dict(os.environ) == before
+
+
+def test_a_secret_in_the_endpoint_is_refused_and_shown_nowhere(caplog: pytest.LogCaptureFixture) -> None:
+    for endpoint in ("http://user:hushhush@127.0.0.1:9", "http://127.0.0.1:9/?sig=hushhush"):
+        for url, options in (
+            (f"s3://b/m?endpoint_url={quote(endpoint, safe='')}", {}),
+            ("s3://b/m", {"endpoint_url": endpoint}),
+        ):
+            with pytest.raises(UrlError, match="endpoint_url") as caught:
+                rdmaload.open(url, **options)
+            assert "hushhush" not in f"{caught.value} {caught.value.url} {caplog.text}"
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "https://user:hushhush@127.0.0.1:9"])
+def test_proxies_of_other_kinds_are_refused_by_name(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rdmaload.connectors.proxies import Proxies, split_proxy
+
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    with pytest.raises(NotSupportedError, match=r"http:// proxies") as caught:
+        Proxies().of("http://models.example/m")
+    assert "hushhush" not in str(caught.value)
+    with pytest.raises(NotSupportedError, match=proxy.partition(":")[0]):
+        split_proxy(proxy)
 
 
 def test_a_public_bucket_needs_none(tiny_checkpoint: Checkpoint) -> None:

@@ -20,6 +20,7 @@ from xml.sax.saxutils import escape
 import obstore
 from obstore.store import MemoryStore
 
+from rdmaload._core import crc32c
 from tests.support.s3 import Answer, HttpObjects, Reply, Request, etag_of, honest_reply
 
 __all__ = ["AzureBlobs", "GoogleStorage"]
@@ -159,7 +160,11 @@ class GoogleStorage(_Cloud):
             more = f"<NextContinuationToken>{escape(after)}</NextContinuationToken>" if after else ""
             return _xml(f"<ListBucketResult>{entries}{more}</ListBucketResult>")
         if request.method in ("GET", "HEAD"):
-            return self._read(request, name)
+            reply = self._read(request, name)
+            if reply.status in (200, 206):  # as Google does, of the whole object with every part of it
+                crc = base64.b64encode(crc32c(self.objects[name]).to_bytes(4, "big")).decode()
+                reply.headers["x-goog-hash"] = f"crc32c={crc},md5=1B2M2Y8AsgTpgAmY7PhCfg=="
+            return reply
         if request.method == "POST" and "uploads" in query:
             upload = str(request.number)
             self.parts[upload] = {}

@@ -53,9 +53,10 @@ def moto_s3(*buckets: str) -> Iterator[str]:
             server.stop()
 
 
-def boto_client(endpoint: str) -> Any:
-    """A plain client with keys that moto takes; the caller closes it."""
+def boto_client(endpoint: str, *, checksums: bool = True) -> Any:
+    """A plain client with keys that moto takes; the caller closes it. Without `checksums` as older tools upload."""
     import boto3
+    from botocore.config import Config
 
     return boto3.client(
         "s3",
@@ -63,6 +64,7 @@ def boto_client(endpoint: str) -> Any:
         region_name="us-east-1",
         aws_access_key_id="testing",
         aws_secret_access_key="secret",
+        config=Config(request_checksum_calculation="when_supported" if checksums else "when_required"),
     )
 
 

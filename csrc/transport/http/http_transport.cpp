@@ -203,6 +203,11 @@ Status HttpTransport::fetch(Read& read, SegmentCursor& cursor) {
       if (answer.retry_after_seconds) {
         read.retry_after =
             std::chrono::seconds(std::min(*answer.retry_after_seconds, kLongestRetryAfterSeconds));
+      } else if (answer.retry_after_date) {
+        const auto left = std::chrono::ceil<std::chrono::seconds>(*answer.retry_after_date -
+                                                                  std::chrono::system_clock::now());
+        read.retry_after =
+            std::clamp(left, std::chrono::seconds(0), std::chrono::seconds(kLongestRetryAfterSeconds));
       }
       return refusal(read, *place, answer, document);
     } catch (const Error& error) {

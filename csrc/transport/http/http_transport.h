@@ -54,6 +54,7 @@ class HttpTransport final : public ThreadedTransport {
   ~HttpTransport() override;
 
   std::string_view path() const noexcept override { return "http"; }
+  bool keeps_digests() const noexcept override { return true; }
 
  private:
   struct Place;

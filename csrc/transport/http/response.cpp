@@ -35,6 +35,26 @@ std::optional<uint64_t> number(std::string_view text, int base = 10) {
   return value;
 }
 
+// "Sun, 06 Nov 1994 08:49:37 GMT", the one form that servers may send today; nullopt for any other text.
+std::optional<std::chrono::sys_seconds> parse_date(std::string_view text) {
+  constexpr std::string_view kMonths = "JanFebMarAprMayJunJulAugSepOctNovDec";
+  constexpr size_t kLength = 29;
+  if (text.size() != kLength || text.substr(3, 2) != ", " || !text.ends_with(" GMT")) return std::nullopt;
+  const auto month = kMonths.find(text.substr(8, 3));
+  const auto day = number(text.substr(5, 2)), year = number(text.substr(12, 4));
+  const auto hour = number(text.substr(17, 2)), minute = number(text.substr(20, 2)),
+             second = number(text.substr(23, 2));
+  if (month == std::string_view::npos || month % 3 != 0 || !day || !year || !hour || !minute || !second) {
+    return std::nullopt;
+  }
+  const std::chrono::year_month_day date{std::chrono::year(static_cast<int>(*year)),
+                                         std::chrono::month(static_cast<unsigned>(month / 3 + 1)),
+                                         std::chrono::day(static_cast<unsigned>(*day))};
+  if (!date.ok() || *hour > 23 || *minute > 59 || *second > 60) return std::nullopt;
+  return std::chrono::sys_days(date) + std::chrono::hours(*hour) + std::chrono::minutes(*minute) +
+         std::chrono::seconds(*second);
+}
+
 // Whether a comma-separated list has this word.
 bool has_token(std::string_view list, std::string_view token) {
   while (!list.empty()) {
@@ -97,6 +117,7 @@ void parse_header(std::string_view line, ResponseHead& head, bool& has_connectio
   } else if (equals_ignoring_case(name, "retry-after")) {
     const auto seconds = number(value);
     if (seconds) head.retry_after_seconds = static_cast<int>(std::min<uint64_t>(*seconds, 1 << 20));
+    if (!seconds) head.retry_after_date = parse_date(value);
   }
 }
 

@@ -4,6 +4,7 @@
 // functions of the bytes received so far: bytes of weights never pass through here.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -32,8 +33,9 @@ struct ResponseHead {
   std::string etag;  // with its quotes
   std::string location;
   std::string content_encoding;
-  std::optional<int> retry_after_seconds;  // only the form in seconds; a date is left out
-  size_t consumed = 0;                     // bytes of the head, the empty line included
+  std::optional<int> retry_after_seconds;
+  std::optional<std::chrono::sys_seconds> retry_after_date;  // the other form of that header
+  size_t consumed = 0;                                       // bytes of the head, the empty line included
 };
 
 // nullopt: more bytes are needed. Throws Error(kFormat) for what can never become a response.

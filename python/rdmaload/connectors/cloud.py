@@ -18,15 +18,17 @@ import queue
 import re
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from rdmaload.connectors.connector import FileInfo
-from rdmaload.connectors.http_client import Headers, shown_url
+from rdmaload.connectors.http_client import Headers, HttpClient, shown_url
 from rdmaload.connectors.objects import ObjectConnector
 from rdmaload.connectors.proxies import Proxies
+from rdmaload.connectors.store_digests import FileDigest, digest_of_headers
 from rdmaload.connectors.tls import check_tls_options, native_context
 from rdmaload.errors import (
     AuthenticationError,
@@ -398,6 +400,30 @@ class GcsConnector(CloudConnector):
         headers = (("Authorization", f"Bearer {token}"),) if token and not self.options.unsigned else ()
         return f"{base}/{quote(self._bucket)}/{quote(key, safe='/')}", headers, None
 
+    def digests(self, paths: Sequence[str]) -> dict[str, FileDigest]:
+        client = HttpClient(self.options, url=self.url, connections=self.connections)
+        try:
+            with ThreadPoolExecutor(max(1, min(self.connections, len(paths))), "rdmaload-head") as pool:
+                found = pool.map(lambda path: self._digest(client, path), paths)
+                return {path: digest for path, digest in zip(paths, found, strict=True) if digest is not None}
+        finally:
+            client.close()
+
+    def _digest(self, client: HttpClient, path: str) -> FileDigest | None:
+        """The CRC32C that the store keeps of every object: in the head of a read of one byte, as urls are for GET."""
+
+        def ask() -> FileDigest | None:
+            url, headers, _ = self._signed(self._key(path))
+            more = [("Range", "bytes=0-0"), ("If-Match", self._etags[path])] if path in self._etags else []
+            with client.request("GET", url, (*headers, *more), key=path) as response:
+                return digest_of_headers(response.header) if response.status == 206 else None
+
+        try:
+            return client.tried(ask)
+        except RdmaloadError as err:  # reads will say what is wrong, or go another way
+            _log.info("%s", err)
+            return None
+
     def _how_to_log_in(self) -> str:
         return "GOOGLE_APPLICATION_CREDENTIALS, password_env=NAME of a token, storage_options"
 
@@ -466,6 +492,8 @@ class _Upload:
     A part that comes early waits for those before it; they are begun in their order, so that somebody has the next.
     """
 
+    resume_token = ""  # obstore keeps uploads to itself
+
     def __init__(self, put: Callable[[Iterator[bytes], int], str]) -> None:
         self._put = put
         self._turn = threading.Condition()
@@ -476,11 +504,11 @@ class _Upload:
         self._thread: threading.Thread | None = None
         self._etag = ""
 
-    def send(self, number: int, data: bytes | bytearray) -> None:
+    def send(self, number: int, data: bytes | bytearray) -> bool:
         with self._turn:
             self._turn.wait_for(lambda: self._next == number or self._aborted or self._failure is not None)
             if self._aborted:  # the reason is told by whom it happened to
-                return
+                return True
             if self._thread is None and self._failure is None:
                 self._thread = threading.Thread(target=self._run, args=(len(data),), name="rdmaload-upload")
                 self._thread.start()
@@ -488,6 +516,7 @@ class _Upload:
         with self._turn:
             self._next += 1
             self._turn.notify_all()
+        return True
 
     def finish(self) -> str:
         self._give(None)

@@ -22,6 +22,7 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import urlencode
 
+from rdmaload.connectors.store_digests import FileDigest
 from rdmaload.errors import FormatError, NotFoundError, NotSupportedError, UnavailableError
 from rdmaload.options import Options
 from rdmaload.urls import Url, is_secret_option, redact
@@ -302,6 +303,10 @@ class FileConnector(Connector):
 
         An open begins with none, which drops those of an earlier one.
         """
+
+    def digests(self, paths: Sequence[str]) -> Mapping[str, FileDigest]:
+        """CRCs that the store has of whole files, of the versions that are pinned; without those it has none of."""
+        return {}
 
     def read_small(self, path: str) -> bytes | None:
         """A whole small file; None when there is none."""

@@ -11,7 +11,7 @@ import base64
 import re
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from rdmaload.connectors.connector import FileConnector, FileInfo
 from rdmaload.connectors.http_client import Headers, HttpClient, Response
+from rdmaload.connectors.store_digests import FileDigest, digest_of_headers
 from rdmaload.connectors.tls import native_context
 from rdmaload.errors import FormatError, IntegrityError, NotFoundError, NotSupportedError, RdmaloadError
 from rdmaload.index import check_path
@@ -70,7 +71,8 @@ class HttpFiles(FileConnector):
         )
         self._headers = header_pairs(self.options.headers)
         self._lock = threading.Lock()
-        self._seen: dict[str, _Version] = {}  # Guarded by _lock.
+        self._seen: dict[str, _Version] = {}  # Guarded by _lock, as is the next.
+        self._digests: dict[str, FileDigest] = {}  # of the versions in _seen
 
     @abstractmethod
     def file_url(self, path: str) -> str:
@@ -128,7 +130,12 @@ class HttpFiles(FileConnector):
         if not etags:
             with self._lock:
                 self._seen.clear()
+                self._digests.clear()
                 self.pins_versions = True
+
+    def digests(self, paths: Sequence[str]) -> dict[str, FileDigest]:
+        with self._lock:  # of what was seen: nothing is asked for a checksum that most servers do not have
+            return {path: self._digests[path] for path in paths if path in self._digests}
 
     def look(self, path: str) -> _Version | None:
         """What the server says of a file now; None when there is none. Pins it, unless it is pinned."""
@@ -257,8 +264,11 @@ class HttpFiles(FileConnector):
     def _pinned(self, path: str, response: Response, size: int) -> _Version:
         """Remember the first content that was seen; raise IntegrityError for another one."""
         now = _Version(size, response.header("etag"), response.header("last-modified"))
+        digest = digest_of_headers(response.header)
         with self._lock:
             first = self._seen.setdefault(path, now)
+            if digest is not None and first is now:
+                self._digests[path] = digest
             # Not every server minds If-Unmodified-Since: the loader looks at the dates again after it has read.
             self.pins_versions = self.pins_versions and bool(first.etag)
         if not first.is_same(now):

@@ -18,8 +18,11 @@ _MAX_PARTS = 10_000
 class Upload(Protocol):
     """A file on its way in parts; it appears with `finish`, or never. Any thread may send, in any order."""
 
-    def send(self, number: int, data: bytes | bytearray) -> None:
-        """Send one part; they count from 1, and all but the last have the same size."""
+    resume_token: str
+    """What `resume_upload` takes to go on with it, in this process or another; "" where that is not possible."""
+
+    def send(self, number: int, data: bytes | bytearray) -> bool:
+        """Send one part; they count from 1, and all but the last have the same size. False when it was there."""
 
     def finish(self) -> str:
         """Make the file appear, in place of an older one; its ETag."""
@@ -43,6 +46,10 @@ class ObjectConnector(FileConnector):
     @abstractmethod
     def begin_upload(self, path: str) -> Upload:
         """Begin to write a file in parts."""
+
+    def resume_upload(self, path: str, token: str) -> Upload | None:
+        """An upload that an earlier attempt began, with the parts that arrived; None when it is gone."""
+        return None
 
     def list_kept(self) -> Sequence[tuple[str, float]]:
         """Paths below `.rdmaload/`, which `list_files` leaves out, with the time when each was written (of the epoch).

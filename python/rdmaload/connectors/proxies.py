@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from urllib.parse import unquote, urlsplit, urlunsplit
 from urllib.request import getproxies, proxy_bypass
 
+from rdmaload.errors import NotSupportedError
+
 __all__ = ["Proxies", "split_proxy"]
 
 
@@ -31,5 +33,10 @@ def split_proxy(proxy: str) -> tuple[str, str]:
         return "", ""
     parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     user, at, place = parts.netloc.rpartition("@")
+    if parts.scheme != "http":
+        raise NotSupportedError(
+            f"the proxy {parts.scheme}://{place}, which the environment names, cannot be used: rdmaload goes through "
+            "http:// proxies (also to https:// stores, by CONNECT). Name one, or put the store's host into NO_PROXY"
+        )
     authorization = f"Basic {base64.b64encode(unquote(user).encode()).decode()}" if at else ""
     return urlunsplit((parts.scheme, place, "", "", "")), authorization

@@ -7,12 +7,17 @@ host is signed, so that one url serves every range of an object, and a new one i
 
 from __future__ import annotations
 
-import base64
 import contextlib
+import itertools
+import logging
+import random
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
@@ -20,9 +25,11 @@ from rdmaload._core import crc32c
 from rdmaload.connectors.connector import FileInfo
 from rdmaload.connectors.objects import ObjectConnector
 from rdmaload.connectors.proxies import split_proxy
+from rdmaload.connectors.s3_errors import meaning_of
+from rdmaload.connectors.s3_upload import S3Upload, crc_text
+from rdmaload.connectors.store_digests import FileDigest, digest_of_text
 from rdmaload.connectors.tls import check_tls_options, native_context
 from rdmaload.errors import (
-    AuthenticationError,
     FormatError,
     IntegrityError,
     LoadTimeoutError,
@@ -41,44 +48,28 @@ if TYPE_CHECKING:
 
 __all__ = ["S3Connector"]
 
+_log = logging.getLogger("rdmaload")
+
 _Result = TypeVar("_Result")
 
 # A url is good for an hour and signed anew five minutes earlier: a read that waits in a queue still has one that works.
 _URL_SECONDS = 3600
 _URL_MARGIN_SECONDS = 300
 
+_DIGEST_FIELDS = {"crc32c": "ChecksumCRC32C", "crc32": "ChecksumCRC32", "crc64nvme": "ChecksumCRC64NVME"}
+
+_NEXT_PAGE = {
+    "ContinuationToken": "NextContinuationToken",
+    "KeyMarker": "NextKeyMarker",
+    "UploadIdMarker": "NextUploadIdMarker",
+}
 _KEPT = ".rdmaload/"
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.ASCII)
-_ATTEMPTS = 3  # of botocore's, each of which tries a request several times
 _MAX_SMALL_BYTES = 64 * 2**20  # read whole by read_small(): a manifest or an index
 
-_NOT_FOUND = frozenset({"404", "NoSuchKey", "NoSuchBucket", "NotFound", "NoSuchVersion"})
-_REFUSED = frozenset(
-    {
-        "403",
-        "401",
-        "AccessDenied",
-        "AllAccessDisabled",
-        "AuthorizationHeaderMalformed",
-        "ExpiredToken",
-        "Forbidden",
-        "InvalidAccessKeyId",
-        "InvalidToken",
-        "RequestExpired",
-        "RequestTimeTooSkewed",
-        "SignatureDoesNotMatch",
-        "TokenRefreshRequired",
-    }
-)
-_CREDENTIALS = (
-    "NoCredentials",
-    "PartialCredentials",
-    "CredentialRetrieval",
-    "SSO",
-    "Token",
-    "UnauthorizedSSO",
-    "Login",
-)
+# botocore pauses by itself in front of what it tries again; here one limit of time holds, as for all stores.
+_FIRST_PAUSE_SECONDS = 0.05
+_LONGEST_PAUSE_SECONDS = 5.0
 
 
 class S3Connector(ObjectConnector):
@@ -111,10 +102,13 @@ class S3Connector(ObjectConnector):
         self._proxies: Mapping[str, str] = {}
         self._tls: TlsContext | None = None
         self._etags: Mapping[str, str] = {}
+        self._has_answered = False
+        self._closing = threading.Event()
 
     def close(self) -> None:
-        """Give connections back. Idempotent."""
+        """Give connections back and end pauses. Idempotent."""
         super().close()
+        self._closing.set()
         with self._lock:
             client, self._made = self._made, None
         if client is not None:
@@ -153,7 +147,7 @@ class S3Connector(ObjectConnector):
             s3={"addressing_style": options.addressing_style},
             connect_timeout=options.connect_timeout,
             read_timeout=options.inactivity_timeout,
-            retries={"mode": "standard", "total_max_attempts": 6},
+            retries={"mode": "standard", "total_max_attempts": 1},  # _tried does it, within retry_timeout
             max_pool_connections=max(10, options.threads, self.connections),
             client_cert=(certificate, options.client_key_file) if options.client_key_file else certificate,
             # Ours are of every chunk; botocore's own would cost a second pass over all bytes.
@@ -182,10 +176,16 @@ class S3Connector(ObjectConnector):
         """A url that is signed for another region than the bucket's is refused: ask where it is."""
         from botocore.exceptions import ClientError
 
-        try:
-            answer = client.head_bucket(Bucket=self._bucket)
-        except ClientError as err:  # a refusal says it too
-            answer = err.response
+        def ask() -> Mapping[str, Any]:
+            try:
+                found: Mapping[str, Any] = client.head_bucket(Bucket=self._bucket)
+            except ClientError as err:  # a refusal says it too
+                if err.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500:
+                    raise
+                found = err.response
+            return found
+
+        answer = self._tried("look for", None, ask)
         region = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region")
         if region in (None, client.meta.region_name):
             return client
@@ -225,21 +225,43 @@ class S3Connector(ObjectConnector):
         self._etags = dict(etags)
 
     def list_files(self) -> list[FileInfo]:
-        client = self._client()
         found: list[FileInfo] = []
-        with self._translated("list"):
-            pages = client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix)
-            for page in pages:
-                for entry in page.get("Contents", ()):
-                    path = entry["Key"][len(self._prefix) :]
-                    # An empty object whose name ends with a slash is what consoles show as a folder.
-                    if not path or path.endswith("/") or _is_hidden(path):
-                        continue
-                    self._check(path)
-                    found.append(FileInfo(path, entry["Size"], _quoted(entry.get("ETag"))))
+        for page in self._pages("list_objects_v2", "list", Prefix=self._prefix):
+            for entry in page.get("Contents", ()):
+                path = entry["Key"][len(self._prefix) :]
+                # An empty object whose name ends with a slash is what consoles show as a folder.
+                if not path or path.endswith("/") or _is_hidden(path):
+                    continue
+                self._check(path)
+                found.append(FileInfo(path, entry["Size"], _quoted(entry.get("ETag"))))
         if not found:
             raise NotFoundError(f"there are no objects at {self.url}: check bucket and prefix", url=self.url)
         return sorted(found, key=lambda info: info.path)
+
+    def digests(self, paths: Sequence[str]) -> dict[str, FileDigest]:
+        self._client()
+        with ThreadPoolExecutor(max(1, min(self.connections, len(paths))), "rdmaload-head") as pool:
+            found = pool.map(self._digest, paths)
+            return {path: digest for path, digest in zip(paths, found, strict=True) if digest is not None}
+
+    def _digest(self, path: str) -> FileDigest | None:
+        asked = {"Bucket": self._bucket, "Key": self._key(path), "ChecksumMode": "ENABLED"}
+        if path in self._etags:
+            asked["IfMatch"] = self._etags[path]
+        client = self._client()
+        try:
+            answer = self._tried("look at", path, lambda: client.head_object(**asked))
+        except IntegrityError:
+            raise  # replaced since it was listed
+        except RdmaloadError as err:  # it may be read and not be looked at: unverified is how it was before
+            _log.info("%s", err)
+            return None
+        # Stores that do not say the type have no checksums of parts, or have an ETag that shows parts.
+        kind = answer.get("ChecksumType") or ("" if "-" in answer.get("ETag", "-") else "FULL_OBJECT")
+        for name, field in _DIGEST_FIELDS.items():
+            if kind == "FULL_OBJECT" and answer.get(field):
+                return digest_of_text(name, answer[field])
+        return None
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> int:
         key = self._key(path)
@@ -329,7 +351,7 @@ class S3Connector(ObjectConnector):
     def put(self, path: str, data: bytes | bytearray) -> str:
         key = self._key(path)
         client = self._client()
-        crc = _crc_text(crc32c(data))
+        crc = crc_text(crc32c(data))
 
         def put() -> str:
             stored = client.put_object(Bucket=self._bucket, Key=key, Body=data, ChecksumCRC32C=crc)
@@ -337,15 +359,31 @@ class S3Connector(ObjectConnector):
 
         return self._tried("write", path, put)
 
-    def begin_upload(self, path: str) -> _Upload:
-        key = self._key(path)
+    def begin_upload(self, path: str) -> S3Upload:
+        place = {"Bucket": self._bucket, "Key": self._key(path)}
         client = self._client()
 
         def begin() -> str:
-            begun = client.create_multipart_upload(Bucket=self._bucket, Key=key, ChecksumAlgorithm="CRC32C")
+            begun = client.create_multipart_upload(**place, ChecksumAlgorithm="CRC32C")
             return str(begun["UploadId"])
 
-        return _Upload(self, client, path, {"Bucket": self._bucket, "Key": key}, self._tried("write", path, begin))
+        return S3Upload(client, self._tried, path, {**place, "UploadId": self._tried("write", path, begin)}, {})
+
+    def resume_upload(self, path: str, token: str) -> S3Upload | None:
+        place = {"Bucket": self._bucket, "Key": self._key(path), "UploadId": token}
+        client = self._client()
+        stored: dict[int, Mapping[str, Any]] = {}
+        asked: dict[str, Any] = dict(place)
+        try:
+            while True:
+                page = self._tried("look at the parts of", path, partial(client.list_parts, **asked))
+                stored |= {part["PartNumber"]: part for part in page.get("Parts", ())}
+                if not page.get("IsTruncated"):
+                    return S3Upload(client, self._tried, path, place, stored)
+                asked["PartNumberMarker"] = page["NextPartNumberMarker"]
+        except RdmaloadError as err:  # ended, pruned, or we may not look: from the start
+            _log.info("%s", err)
+            return None
 
     def delete(self, path: str) -> bool:
         key = self._key(path)
@@ -363,29 +401,23 @@ class S3Connector(ObjectConnector):
             return False
 
     def list_kept(self) -> list[tuple[str, float]]:
-        client = self._client()
         found: list[tuple[str, float]] = []
-        with self._translated("list"):
-            pages = client.get_paginator("list_objects_v2").paginate(
-                Bucket=self._bucket, Prefix=f"{self._prefix}{_KEPT}"
-            )
-            for page in pages:
-                for entry in page.get("Contents", ()):
-                    found.append((entry["Key"][len(self._prefix) :], entry["LastModified"].timestamp()))
+        for page in self._pages("list_objects_v2", "list", Prefix=f"{self._prefix}{_KEPT}"):
+            for entry in page.get("Contents", ()):
+                found.append((entry["Key"][len(self._prefix) :], entry["LastModified"].timestamp()))
         return found
 
     def abort_uploads(self, older_than: float) -> int:
         client = self._client()
         count = 0
-        with self._translated("list unfinished uploads of"):
-            pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=self._prefix)
-            for page in pages:
-                for entry in page.get("Uploads", ()):
-                    path = entry["Key"][len(self._prefix) :]
-                    # Deeper keys may be another model's, or nobody's of ours.
-                    if "/" not in path and self._prefix and entry["Initiated"].timestamp() < older_than:
-                        client.abort_multipart_upload(Bucket=self._bucket, Key=entry["Key"], UploadId=entry["UploadId"])
-                        count += 1
+        for page in self._pages("list_multipart_uploads", "list unfinished uploads of", Prefix=self._prefix):
+            for entry in page.get("Uploads", ()):
+                path = entry["Key"][len(self._prefix) :]
+                # Deeper keys may be another model's, or nobody's of ours.
+                if "/" not in path and self._prefix and entry["Initiated"].timestamp() < older_than:
+                    place = {"Bucket": self._bucket, "Key": entry["Key"], "UploadId": entry["UploadId"]}
+                    self._tried("end an upload of", path, partial(client.abort_multipart_upload, **place))
+                    count += 1
         return count
 
     # ---- names and errors ----
@@ -403,16 +435,37 @@ class S3Connector(ObjectConnector):
                 f"an object at {self.url} cannot be part of a model: {err}", url=self.url, key=path
             ) from err
 
-    def _tried(self, verb: str, path: str, work: Callable[[], _Result]) -> _Result:
-        """`work` with our errors; botocore tries requests again, and here bodies that were cut."""
-        for attempt in range(1, _ATTEMPTS + 1):
+    def _tried(self, verb: str, path: str | None, work: Callable[[], _Result]) -> _Result:
+        """`work` with our errors, again while the store is away or busy, for `retry_timeout` at most."""
+        begin = time.monotonic()
+        for attempt in itertools.count():
             try:
                 with self._translated(verb, path):
-                    return work()
-            except (UnavailableError, LoadTimeoutError):
-                if attempt == _ATTEMPTS or self._closed:
-                    raise
+                    result = work()
+                self._has_answered = True
+                return result
+            except (UnavailableError, LoadTimeoutError) as error:
+                pause = min(_FIRST_PAUSE_SECONDS * 2**attempt, _LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1)
+                # A wrong address need not be asked for a minute.
+                limit = self.options.retry_timeout
+                limit = limit if self._has_answered else min(limit, self.options.connect_timeout)
+                if time.monotonic() + pause - begin > limit or self._closing.wait(pause):
+                    raise error from error.__cause__
         raise AssertionError("unreachable")
+
+    def _pages(self, operation: str, verb: str, **asked: object) -> Iterator[Mapping[str, Any]]:
+        """The answers of a listing, each tried again by itself."""
+        call = getattr(self._client(), operation)
+        asked["Bucket"] = self._bucket
+        while True:
+            page: Mapping[str, Any] = self._tried(verb, None, partial(call, **asked))
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            more = {name: page[given] for name, given in _NEXT_PAGE.items() if given in page}
+            if not more:
+                raise FormatError(f"{self.url}: the store lists a part and does not say how to go on", url=self.url)
+            asked |= more
 
     @contextlib.contextmanager
     def _translated(self, verb: str, path: str | None = None) -> Iterator[None]:
@@ -421,94 +474,7 @@ class S3Connector(ObjectConnector):
         except (RdmaloadError, AssertionError, NotImplementedError):
             raise
         except Exception as err:
-            raise self._meaning(err, verb, path) from err
-
-    def _meaning(self, err: Exception, verb: str, path: str | None) -> RdmaloadError:
-        from botocore import exceptions as theirs
-
-        place = f"{path} in {self.url}" if path else self.url
-        kind: type[RdmaloadError] = UnavailableError
-        name, hint = type(err).__name__, ""
-        text = str(err)
-        if isinstance(err, theirs.ClientError):
-            error = err.response.get("Error", {})
-            status = err.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-            kind, hint = _meaning_of_code(str(error.get("Code", "")), int(status))
-            text = f"{error.get('Code', status)}: {error.get('Message') or 'no further word'}"
-        elif name.startswith(_CREDENTIALS) or isinstance(err, (theirs.ProfileNotFound, theirs.ConfigParseError)):
-            kind = AuthenticationError
-            hint = "set up credentials as for the aws command, or give unsigned=true for a public bucket"
-        elif isinstance(err, (theirs.ParamValidationError, ValueError)):
-            kind, hint = UrlError, "correct the url or its endpoint_url"
-        elif isinstance(err, (theirs.ReadTimeoutError, theirs.ConnectTimeoutError)) or "Timeout" in name:
-            kind = LoadTimeoutError
-        message = f"cannot {verb} {place}: {text}" + (f". {hint[0].upper()}{hint[1:]}" if hint else "")
-        return kind(message, url=self.url, key=path)
-
-
-def _meaning_of_code(code: str, status: int) -> tuple[type[RdmaloadError], str]:
-    if code in _NOT_FOUND:
-        return NotFoundError, "check bucket and prefix" if code == "NoSuchBucket" else ""
-    if code in _REFUSED:
-        return AuthenticationError, "check the credentials and what they may do"
-    if code in ("PreconditionFailed", "412"):
-        return IntegrityError, "it was replaced after the model was opened: open it again"
-    if code in ("PermanentRedirect", "301", "IllegalLocationConstraintException"):
-        return UrlError, "the bucket is in another region: give region="
-    if code in ("NotImplemented", "MethodNotAllowed", "501", "405"):
-        return NotSupportedError, ""
-    if status >= 500 or code in ("SlowDown", "RequestTimeout", "Throttling", "429"):
-        return UnavailableError, ""
-    return RdmaloadError, ""
-
-
-class _Upload:
-    """One multipart upload. Any thread may send parts; they may come in any order."""
-
-    def __init__(
-        self, connector: S3Connector, client: Any, path: str, place: Mapping[str, str], upload_id: str
-    ) -> None:
-        self._connector = connector
-        self._client = client
-        self._path = path
-        self._place = {**place, "UploadId": upload_id}
-        self._lock = threading.Lock()
-        self._parts: dict[int, dict[str, object]] = {}  # Guarded by _lock.
-
-    def send(self, number: int, data: bytes | bytearray) -> None:
-        crc = _crc_text(crc32c(data))
-
-        def send() -> str:
-            sent = self._client.upload_part(**self._place, PartNumber=number, Body=data, ChecksumCRC32C=crc)
-            return str(sent["ETag"])
-
-        etag = self._connector._tried("write", self._path, send)
-        with self._lock:
-            self._parts[number] = {"PartNumber": number, "ETag": etag, "ChecksumCRC32C": crc}
-
-    def finish(self) -> str:
-        with self._lock:
-            parts = [self._parts[number] for number in sorted(self._parts)]
-
-        def finish() -> str:
-            self._client.complete_multipart_upload(**self._place, MultipartUpload={"Parts": parts})
-            # Not what the call above says: some stores (rclone's) give the object another tag afterwards.
-            place = {name: self._place[name] for name in ("Bucket", "Key")}
-            return str(self._client.head_object(**place)["ETag"])
-
-        return self._connector._tried("write", self._path, finish)
-
-    def interrupt(self) -> None:
-        pass  # parts go in any order
-
-    def abort(self) -> None:
-        # Parts of an upload that nobody ends are paid for until they are removed.
-        with contextlib.suppress(Exception):
-            self._client.abort_multipart_upload(**self._place)
-
-
-def _crc_text(crc: int) -> str:
-    return base64.b64encode(crc.to_bytes(4, "big")).decode()
+            raise meaning_of(err, verb, path, self.url) from err
 
 
 def _quoted(etag: str | None) -> str | None:

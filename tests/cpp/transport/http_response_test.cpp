@@ -56,7 +56,14 @@ TEST_CASE("headers mean what they mean in any case and with any blanks around th
   CHECK(whole(head_with("Transfer-Encoding: Chunked")).chunked);
   CHECK_FALSE(whole(head_with("Connection: x, Close")).keep_alive);
   CHECK(whole(head_with("Retry-After: 3")).retry_after_seconds == 3);
-  CHECK_FALSE(whole(head_with("Retry-After: Fri, 31 Dec 1999 23:59:59 GMT")).retry_after_seconds.has_value());
+  const auto dated = whole(head_with("Retry-After: Sun, 06 Nov 1994 08:49:37 GMT"));
+  CHECK_FALSE(dated.retry_after_seconds.has_value());
+  REQUIRE(dated.retry_after_date.has_value());
+  CHECK(dated.retry_after_date->time_since_epoch().count() == 784111777);
+  for (const char* text : {"Sun, 06 Nov 1994 24:49:37 GMT", "Sun, 31 Feb 1994 08:49:37 GMT", "soon",
+                           "Sun, 06 anF 1994 08:49:37 GMT", "Sun, 06 Nov 1994 08:49:37 CET"}) {
+    CHECK_FALSE(whole(head_with("Retry-After: " + std::string(text))).retry_after_date.has_value());
+  }
   CHECK(whole(head_with("Location: /x?y=1:2")).location == "/x?y=1:2");
   CHECK(whole(head_with("Content-Encoding: gzip")).content_encoding == "gzip");
   CHECK(whole("HTTP/1.1 200\r\n\r\n").status == 200);
