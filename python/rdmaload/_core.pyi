@@ -263,7 +263,7 @@ class StoreLayout:
         chunk_bytes: int,
         object_per_chunk: bool,
         crcs: Buffer,
-        digests: Sequence[str] = (),
+        digests: Sequence[str] = [],
     ) -> None: ...
 
 class PlanLimits:
