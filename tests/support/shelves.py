@@ -35,6 +35,8 @@ class Shelf:
     writable: bool = False
     keeps_manifest: bool = False
     lists_exactly: bool = True
+    keeps_checksums: bool = False
+    """Whether the store has a checksum of each whole object by itself."""
 
 
 def _on_disk(root: Path) -> Callable[[str, bytes], None]:
@@ -131,6 +133,7 @@ def _google(directory: Path, authority: Authority) -> Iterator[Shelf]:
             options,
             writable=True,
             keeps_manifest=True,
+            keeps_checksums=True,
         )
 
 
