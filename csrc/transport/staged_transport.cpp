@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/crc32c.h"
 #include "core/thread_name.h"
 #include "transport/device_placement.h"
 #include "transport/path_name.h"
@@ -44,6 +45,7 @@ struct StagedTransport::Slot : Read {
   std::shared_ptr<OwnerProxy> proxy;
   Status enqueue_status;
   bool checked_on_device = false;
+  bool read_back = false;
   StagingTrace trace{};
   StagingCounters counters;  // of this read
 };
@@ -60,16 +62,13 @@ StagedTransport::StagedTransport(std::shared_ptr<Transport> source, Device& devi
       stream_(device.copy_stream()),
       begin_(Clock::now()) {
   kernels_ = device_.kernels(&no_kernels_reason_);
-  if (options_.verify_device && kernels_ == nullptr) {
-    throw Error(ErrorCode::kNotSupported, "verify_device needs GPU kernels: " + no_kernels_reason_);
-  }
   data_bytes_ = round_up(std::max<uint64_t>(options_.read_bytes, 1), kSlotAlignment) + kSlotAlignment;
   const uint64_t table_bytes = round_up(data_bytes_ / kTablePart, kSlotAlignment);
   table_entries_ =
       (table_bytes - sizeof(uint64_t)) / sizeof(ScatterPiece);  // the last word is for a checksum
   stride_ = data_bytes_ + table_bytes;
   may_use_block_ = kernels_ != nullptr && stride_ <= options_.block_bytes;
-  if (options_.verify_device && !may_use_block_) {
+  if (options_.verify_device && kernels_ != nullptr && !may_use_block_) {
     throw Error(ErrorCode::kDevice, "verify_device needs " + std::to_string(stride_) +
                                         " bytes of device memory for reads of this length, and may use " +
                                         std::to_string(options_.block_bytes) + ": raise device_extra_bytes");
@@ -171,6 +170,7 @@ StagedTransport::Slot* StagedTransport::take_slot_locked(Read& read) {
   slot->outer = &read;
   slot->enqueue_status = Status();
   slot->checked_on_device = false;
+  slot->read_back = false;
   slot->counters = {};
   slot->trace = {Clock::now() - begin_, {}, {}, read.length};
   return slot;
@@ -291,6 +291,22 @@ Status StagedTransport::enqueue(Slot& slot) {
     }
     at += piece.size;
   }
+  return check ? read_back(slot) : Status();
+}
+
+// Without kernels: what lies at the destinations, back over what was sent there, for its checksum to be
+// compared.
+Status StagedTransport::read_back(Slot& slot) {
+  uint64_t at = 0;
+  for (const Segment& piece : slot.outer->segments) {
+    if (piece.data != nullptr && piece.size > 0) {
+      const cuda::Result result = driver_.copy_to_host(
+          slot.data + at, reinterpret_cast<cuda::Pointer>(piece.data), piece.size, stream_);
+      if (result != cuda::kSuccess) return driver_.status("cuMemcpyDtoHAsync", result);
+    }
+    at += piece.size;
+  }
+  slot.checked_on_device = slot.read_back = true;
   return Status();
 }
 
@@ -335,7 +351,9 @@ std::string_view StagedTransport::path() const noexcept {
 
 std::string StagedTransport::fallback_reason() const {
   std::string reason = source_->fallback_reason();
-  if (reason.empty() && missed_kernels_) {
+  if (reason.empty() && options_.verify_device && kernels_ == nullptr) {
+    reason = "verify_device reads back what it copied to the GPU: " + no_kernels_reason_;
+  } else if (reason.empty() && missed_kernels_) {
     reason = "small tensors were copied to the GPU one by one: " + no_kernels_reason_;
   }
   return reason;
@@ -350,7 +368,11 @@ Status StagedTransport::quiet(Slot& slot) const {
   if (!slot.enqueue_status.ok()) return slot.enqueue_status;
   if (!status.ok() || !slot.checked_on_device) return status;
   uint32_t seen = 0;
-  std::memcpy(&seen, slot.memory + stride_ - sizeof(uint64_t), sizeof(seen));
+  if (slot.read_back) {
+    seen = crc32c(0, {slot.data, slot.length});
+  } else {
+    std::memcpy(&seen, slot.memory + stride_ - sizeof(uint64_t), sizeof(seen));
+  }
   if (seen == slot.crc) return status;
   return Status(ErrorCode::kIntegrity, "'" + slot.object +
                                            "' arrived on cuda:" + std::to_string(device_.ordinal()) +

@@ -10,8 +10,9 @@
 //
 // Many small pieces of one read are copied as a block and placed by one kernel, where there are kernels. With
 // `verify_device` every read goes that way, and its checksum is computed again on the device and compared
-// with that of the bytes that were received, whether the store has one to compare with or not. One block of
-// device memory serves all reads: the stream does one thing after another anyway.
+// with that of the bytes that were received, whether the store has one to compare with or not; without
+// kernels it is copied back for that. One block of device memory serves all reads: the stream does one thing
+// after another anyway.
 //
 // A read lies in its buffer as it does in the object's blocks: where the source is a file, the disk writes
 // there (O_DIRECT).
@@ -45,7 +46,7 @@ struct StagingOptions {
   uint64_t expected_bytes = UINT64_MAX;  // no more is page-locked than so many bytes to read need
   uint64_t block_bytes = 64 << 20;       // of device memory for the block; no kernels with less than it needs
   size_t scatter_pieces = 16;            // from so many pieces of a read on, one kernel places them
-  bool verify_device = false;            // compute every read's checksum again on the device; needs kernels
+  bool verify_device = false;            // compute every read's checksum again from device memory
   bool trace = false;                    // keep the times of every read
 };
 
@@ -53,7 +54,7 @@ struct StagingCounters {
   uint64_t copied_bytes = 0;      // to the device, by its copy engine
   uint64_t copies = 0;            // from host to device
   uint64_t scattered_pieces = 0;  // placed by a kernel
-  uint64_t verified_bytes = 0;    // whose checksum was computed on the device too
+  uint64_t verified_bytes = 0;    // whose checksum was computed from device memory too
   uint64_t staging_bytes = 0;     // page-locked
   uint64_t device_bytes = 0;      // of device memory for the block
 };
@@ -67,8 +68,7 @@ struct StagingTrace {
 
 class StagedTransport final : public Transport {
  public:
-  // Throws kDevice, also when verify_device needs more than block_bytes, and kNotSupported when it is asked
-  // for and there are no kernels.
+  // Throws kDevice, also when verify_device has kernels and they need more than block_bytes.
   StagedTransport(std::shared_ptr<Transport> source, Device& device, StagingOptions options);
   ~StagedTransport() override;
 
@@ -76,7 +76,7 @@ class StagedTransport final : public Transport {
   void submit(Read& read, Clock::time_point not_before) override;
   void cancel(const ReadOwner& owner) override;
   std::string_view path() const noexcept override;  // the source's, with "+staged-gpu"
-  // The source's; without one, that kernels would have been used and why they were not.
+  // The source's; without one, what was done for want of kernels, and why there are none.
   std::string fallback_reason() const override;
   bool keeps_digests() const noexcept override { return source_->keeps_digests(); }
   int connections() const noexcept override { return source_->connections(); }
@@ -106,6 +106,7 @@ class StagedTransport final : public Transport {
   void received(Slot& slot, const Status& status) noexcept;
   Status enqueue(Slot& slot);
   Status place(Slot& slot, bool check);
+  Status read_back(Slot& slot);
   Status make_block();
   void finish(Slot& slot, Status status) noexcept;
   Status quiet(Slot& slot) const;

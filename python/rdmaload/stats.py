@@ -49,7 +49,7 @@ class LoadStats:
     cached_bytes: int = 0
     """The part of `read_bytes` that came from `cache_dir` and not from the store."""
     device_verified_bytes: int = 0
-    """The part of `read_bytes` whose checksum was computed once more in GPU memory (`verify_device`)."""
+    """The part of `read_bytes` whose checksum was computed once more from GPU memory (`verify_device`)."""
 
     @property
     def gb_per_s(self) -> float:

@@ -136,7 +136,7 @@ def _gpus() -> Check:
     remedy = (
         "the driver or the GPU is older than the build's kernels: update the driver, or build with an older nvcc"
         if info["kernels"]
-        else "build with nvcc for verify_device and many tiny tensors"
+        else "build with nvcc: verify_device and many tiny tensors take longer without"
     )
     return Check("gpus", "warn", f"{value}, without kernels: {refusal}", remedy)
 

@@ -491,16 +491,27 @@ TEST_CASE("without enough device memory for a block none is used, and verificati
                        doctest::Contains("raise device_extra_bytes"), Error);
 }
 
-TEST_CASE("verification on the device needs kernels") {
-  Fixture fixture;
-  const Device& plain = fixture.device;
-  const Driver without(RDMALOAD_FAKE_CUDA, {});
-  Device device(without, plain.ordinal());
-  StagingOptions options = fixture.options();
-  StagedTransport staged(fixture.source(), device, options);
-  CHECK(staged.no_kernels_reason().find("nvcc") != std::string::npos);
-  options.verify_device = true;
-  CHECK_THROWS_AS(StagedTransport(fixture.source(), device, options), Error);
+TEST_CASE("without kernels, verification copies back what it copied to the device") {
+  for (const bool flips : {false, true}) {
+    CAPTURE(flips);
+    Fixture fixture(3, 0, false);
+    fixture.gpu.set_module_result(cuda::kNoBinaryForGpu);
+    Device device(fixture.gpu.driver, 0);
+    const Fixture::Target target(device, *fixture.plan);
+    StagingOptions options = fixture.options();
+    options.verify_device = true;
+    const auto staged = std::make_shared<StagedTransport>(fixture.source(1), device, options);
+    CHECK(staged->fallback_reason().find("CUDA_ERROR_NO_BINARY_FOR_GPU") != std::string::npos);
+    if (flips) fixture.gpu.corrupt_copy(1);
+    const auto load = fixture.load(staged, target);
+    load->start();
+    REQUIRE(load->wait(soon()));
+    CHECK(status_of(*load).ok());
+    CHECK(load->counters().retries == (flips ? 1 : 0));
+    CHECK(fixture.sees(target, device.copy_stream()));
+    CHECK(staged->counters().verified_bytes == fixture.plan->read_bytes);
+    CHECK(staged->counters().device_bytes == 0);
+  }
 }
 
 TEST_CASE("where a GPU cannot run the kernels, pieces are copied one by one, and the reason is said") {
