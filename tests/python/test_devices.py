@@ -558,6 +558,7 @@ for name, tensor in rdmaload.load(sys.argv[2], dtype=torch.float16).items():
     assert torch.equal(small[name], tensor), name
 print(stats.fallback_reason)
 print({check.name: check for check in host_checks()}["gpus"])
+stats = rdmaload.LoadStats()
 checked = rdmaload.load(sys.argv[2], device="cuda:0", verify_device="on", stats=stats)
 for name, tensor in rdmaload.load(sys.argv[2]).items():
     assert torch.equal(gpu.seen(checked[name]), tensor), name
