@@ -226,7 +226,7 @@ def began(operation: str) -> None:
         _publish_beside_others()
         _counts.add([(_RUNNING, (operation,), 1)])
     except Exception as error:  # whatever a registry says: a load is worth more than its counters
-        _log.warning("metrics are not counted: %s", error)
+        _log.warning("metrics are not counted: %s", str(error))
 
 
 def ended(
@@ -236,7 +236,7 @@ def ended(
     try:
         _counts.add([(_RUNNING, (operation,), -1), *_amounts(operation, stats, error, before or {})])
     except Exception as failure:  # as above
-        _log.warning("metrics are not counted: %s", failure)
+        _log.warning("metrics are not counted: %s", str(failure))  # its traceback holds the load's tensors
 
 
 def _amounts(
@@ -268,7 +268,7 @@ def failed_to_open(error: BaseException) -> None:
         _publish_beside_others()
         _counts.add([(_FAILURES, ("open", type(error).__name__), 1)])
     except Exception as failure:  # as above
-        _log.warning("metrics are not counted: %s", failure)
+        _log.warning("metrics are not counted: %s", str(failure))
 
 
 def said_before(stats: LoadStats) -> dict[str, float]:

@@ -300,7 +300,8 @@ class Model:
         import torch  # noqa: F401  (the first import takes a second or two, which are not the load's)
 
         report = Report("load", stats, progress)
-        stats.stages["open"] = self._open_seconds
+        opening, self._open_seconds = self._open_seconds, 0.0  # a part of the first load alone
+        stats.stages["open"] = stats.stages.get("open", 0.0) + opening
         return report
 
     @staticmethod

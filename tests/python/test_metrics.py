@@ -87,6 +87,27 @@ def test_a_load_a_save_and_an_iteration_given_up(checkpoint: Checkpoint, memory_
     assert not [name for name in seen if "failures" in name]
 
 
+def test_stats_of_several_models_only_grow(
+    checkpoint: Checkpoint, memory_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A counter of prometheus_client refuses what becomes less."""
+    rdmaload.save(checkpoint.directory, memory_url)
+    registry = CollectorRegistry()
+    metrics.publish(registry)
+    stats, opened = LoadStats(), []
+    for _ in range(5):
+        with rdmaload.open(memory_url) as model:
+            model.load(stats=stats)
+            opened.append(stats.stages["open"])
+            model.load(stats=stats)
+            assert stats.stages["open"] == opened[-1]  # it was opened once
+    assert opened == sorted(set(opened))
+    seen = read(generate_latest(registry).decode())
+    assert seen["rdmaload_operations_total load python ok"] == 10
+    assert seen["rdmaload_stage_seconds_total load open"] == pytest.approx(opened[-1])
+    assert "not counted" not in caplog.text
+
+
 def test_failures_are_counted_by_their_class(checkpoint: Checkpoint, memory_url: str) -> None:
     with pytest.raises(NotFoundError):
         rdmaload.load(memory_url)
