@@ -21,6 +21,7 @@ set_up_sglang() {
 set_up_vllm() {
   local version=0.32.0 root=$PWD/.venv/engines/vllm made_of site
   made_of="$version $(sha256sum < tests/engines/vllm-requirements.txt)"
+  /sbin/ldconfig -p | grep 'libnuma\.so\.1' >/dev/null || install_packages libnuma1
   if [ "$(cat "$root/made-of" 2>/dev/null)" != "$made_of" ]; then
     echo "setting vLLM $version up in $root: some minutes, 3.5 GB"
     rm -rf "$root"
