@@ -124,7 +124,7 @@ def _together(count: int, adaptor: Adaptor, place: Place, server: int | None) ->
         "server_cpu_seconds": None if server is None else machine.cpu_seconds(server) - server_before,
         "peak_bytes": sum(one["peak"] for one in found),
         "late_bytes": max(one["late"] for one in found),
-        "wrong": None,  # the bytes were compared before, one reader alone
+        "wrong": None,  # of readers at once no bytes are compared: other regions do that
     }
 
 
