@@ -8,7 +8,6 @@
 
 #include "bindings/register.h"
 #include "core/error.h"
-#include "memory/huge_pages.h"
 
 namespace py = pybind11;
 
@@ -89,6 +88,7 @@ py::dict counters_of(const Server& server) {
   found["misses"] = counters.misses.load();
   found["bytes_received"] = counters.bytes_received.load();
   found["bytes_sent"] = counters.bytes_sent.load();
+  found["bytes_by_reference"] = counters.bytes_by_reference.load();
   found["refused_for_memory"] = counters.refused_for_memory.load();
   found["auth_failures"] = counters.auth_failures.load();
   found["auth_refused"] = counters.auth_refused.load();
@@ -144,7 +144,7 @@ void register_server(py::module_& module) {
   using Released = py::call_guard<py::gil_scoped_release>;
   py::class_<Store, std::shared_ptr<Store>>(module, "WeightStore")
       .def(py::init([](uint64_t limit_bytes) {
-             return std::make_shared<Store>(ValueMemory::make(limit_bytes, shared_huge_page_bytes()));
+             return std::make_shared<Store>(ValueMemory::make(limit_bytes));
            }),
            py::arg("limit_bytes"))
       .def("export_file", &export_file, py::kw_only(), py::arg("prefix"), py::arg("path"), py::arg("size"),

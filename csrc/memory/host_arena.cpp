@@ -42,4 +42,8 @@ HostArena::~HostArena() {
   if (data_ != nullptr) munmap(data_, mapped_bytes_);
 }
 
+bool HostArena::detach(size_t offset, size_t length) noexcept {
+  return madvise(data_ + offset, length, MADV_DONTNEED) == 0;
+}
+
 }  // namespace rdmaload

@@ -21,6 +21,9 @@ class HostArena {
   std::byte* data() const noexcept { return data_; }
   size_t size() const noexcept { return size_; }
   std::span<std::byte> span() const noexcept { return {data_, size_}; }
+  // Gives whole pages back to the system: who still refers to them (a socket that sends from them) keeps them
+  // as they are, and the next write to that place gets fresh ones. False: the system refused.
+  bool detach(size_t offset, size_t length) noexcept;
 
  private:
   size_t size_;

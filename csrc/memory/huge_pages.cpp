@@ -26,12 +26,4 @@ bool private_huge_pages() {
   return mode == "always" || mode == "madvise";
 }
 
-size_t shared_huge_page_bytes() {
-  const std::string mode = chosen("shmem_enabled");
-  if (mode.empty() || mode == "never" || mode == "deny") return 0;
-  size_t bytes = 0;
-  std::ifstream(std::string(kSettings) + "hpage_pmd_size") >> bytes;
-  return bytes;
-}
-
 }  // namespace rdmaload

@@ -17,8 +17,8 @@ constexpr size_t kFileBytes = 64 << 10;  // of a file that are read to be encryp
 
 }  // namespace
 
-Channel::Channel(int fd, const TlsServerContext* tls)
-    : fd_(fd), tls_(tls == nullptr ? nullptr : std::make_unique<TlsServerStream>(fd, *tls)) {}
+Channel::Channel(int fd, const TlsServerContext* tls, SplicePipe& pipe)
+    : fd_(fd), pipe_(pipe), tls_(tls == nullptr ? nullptr : std::make_unique<TlsServerStream>(fd, *tls)) {}
 
 Channel::~Channel() {
   tls_.reset();  // says good-bye
@@ -35,21 +35,31 @@ ssize_t Channel::send(const ReplyQueue& replies) {
 
 ssize_t Channel::send_plain(const ReplyQueue& replies) {
   std::array<iovec, kVectors> vectors;
-  const size_t count = replies.gather(vectors, kBytesPerSend, ReplyQueue::Large::kAsFiles);
+  const bool by_reference = pipe_.refusal().empty();
+  const size_t count = replies.gather(
+      vectors, kBytesPerSend, by_reference ? ReplyQueue::Large::kApart : ReplyQueue::Large::kAsMemory);
   if (count > 0) {
     msghdr message{};
     message.msg_iov = vectors.data();
     message.msg_iovlen = count;
-    const bool more = count < replies.pieces();  // a file's bytes follow, or the rest
+    const bool more = count < replies.pieces();  // what is sent by reference follows, or the rest
     return sendmsg(fd_, &message, MSG_NOSIGNAL | MSG_DONTWAIT | (more ? MSG_MORE : 0));
   }
-  const ReplyQueue::FileSlice slice = replies.front_file();
-  auto offset = static_cast<off_t>(slice.offset);
-  const auto length = static_cast<size_t>(std::min(slice.length, kBytesPerSend));
-  const ssize_t sent = sendfile(fd_, slice.descriptor, &offset, length);
-  if (sent == 0) errno = ENODATA;
-  if (sent < 0 && errno == EINVAL) errno = EIO;
-  return sent == 0 ? -1 : sent;
+  const ReplyQueue::Front front = replies.front();
+  ssize_t sent = 0;
+  if (front.value != nullptr) {
+    front.value->refer();
+    sent = pipe_.send(fd_, front.value->bytes().subspan(front.offset, front.length), replies.pieces() > 1);
+  } else {
+    auto offset = static_cast<off_t>(front.offset);
+    const auto length = static_cast<size_t>(std::min(front.length, kBytesPerSend));
+    sent = sendfile(fd_, front.file->descriptor(), &offset, length);
+    if (sent == 0) errno = ENODATA;
+    if (sent < 0 && errno == EINVAL) errno = EIO;
+  }
+  if (sent <= 0) return -1;
+  bytes_by_reference_ += static_cast<uint64_t>(sent);
+  return sent;
 }
 
 ssize_t Channel::send_encrypted(const ReplyQueue& replies) {
@@ -66,10 +76,10 @@ ssize_t Channel::send_encrypted(const ReplyQueue& replies) {
       return -1;
     }
   }
-  const ReplyQueue::FileSlice slice = replies.front_file();
+  const ReplyQueue::Front front = replies.front();
   std::array<std::byte, kFileBytes> part;
-  const auto length = static_cast<size_t>(std::min<uint64_t>(slice.length, part.size()));
-  const ssize_t got = pread(slice.descriptor, part.data(), length, static_cast<off_t>(slice.offset));
+  const auto length = static_cast<size_t>(std::min<uint64_t>(front.length, part.size()));
+  const ssize_t got = pread(front.file->descriptor(), part.data(), length, static_cast<off_t>(front.offset));
   if (got <= 0) {
     errno = got == 0 ? ENODATA : EIO;
     return -1;

@@ -1,9 +1,10 @@
 // The socket of one connection, plain or under TLS, with the same non-blocking calls.
 //
-// A plain one sends what is stored without a copy of its own: sendmsg() from memory, sendfile() for values
-// that lie in shared huge pages and for files. Under TLS every byte is encrypted from where it lies; only
-// files go through a buffer of 64 KiB, and at most some 80 KiB of ciphertext wait for the socket. Owns the
-// descriptor; belongs to one thread.
+// A plain one sends what is stored without a copy of its own: large values by reference, through the thread's
+// pipe, files by sendfile(), and what is small by sendmsg() from where it lies, as everything is sent where
+// there is no such pipe. Under TLS every byte is encrypted from where it lies; only files go through a buffer
+// of 64 KiB, and at most some 80 KiB of ciphertext wait for the socket. Owns the descriptor; belongs to one
+// thread.
 #pragma once
 
 #include <sys/types.h>
@@ -13,14 +14,16 @@
 #include <string>
 
 #include "server/reply_queue.h"
+#include "server/splice_pipe.h"
 #include "transport/tls_server.h"
 
 namespace rdmaload::server {
 
 class Channel {
  public:
-  // Takes the descriptor of a connected, non-blocking socket, unless it throws. `tls` null: plain.
-  Channel(int fd, const TlsServerContext* tls);
+  // Takes the descriptor of a connected, non-blocking socket, unless it throws. `tls` null: plain. `pipe` is
+  // the thread's, and outlives it.
+  Channel(int fd, const TlsServerContext* tls, SplicePipe& pipe);
   ~Channel();
   Channel(const Channel&) = delete;
   Channel& operator=(const Channel&) = delete;
@@ -41,12 +44,16 @@ class Channel {
   bool holds_input() const noexcept { return tls_ != nullptr && tls_->holds_input(); }
   // Output waits that the replies do not show.
   bool holds_output() const noexcept { return tls_ != nullptr && tls_->holds_output(); }
+  // Of what it sent, what the kernel got by reference.
+  uint64_t bytes_by_reference() const noexcept { return bytes_by_reference_; }
 
  private:
   ssize_t send_plain(const ReplyQueue& replies);
   ssize_t send_encrypted(const ReplyQueue& replies);
 
   const int fd_;
+  SplicePipe& pipe_;
+  uint64_t bytes_by_reference_ = 0;
   std::unique_ptr<TlsServerStream> tls_;
 };
 

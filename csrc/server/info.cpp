@@ -172,7 +172,7 @@ std::string Session::info_text(std::string_view section) const {
     line("used_memory_human", human(memory.used_bytes()));
     number("used_memory_rss", memory.held_bytes());
     number("values", memory.values());
-    line("huge_pages", memory.shared_page_bytes() > 0 ? "shared" : private_huge_pages() ? "private" : "none");
+    line("huge_pages", private_huge_pages() ? "private" : "none");
     number("maxmemory", memory.limit_bytes());
     line("maxmemory_human", human(memory.limit_bytes()));
     line("maxmemory_policy", "noeviction");
@@ -190,6 +190,7 @@ std::string Session::info_text(std::string_view section) const {
     number("total_error_replies", counters.errors);
     number("total_net_input_bytes", counters.bytes_received);
     number("total_net_output_bytes", counters.bytes_sent);
+    number("net_output_bytes_by_reference", counters.bytes_by_reference);
     number("keyspace_hits", counters.hits);
     number("keyspace_misses", counters.misses);
     number("exported_file_failures", counters.files_failed);

@@ -39,6 +39,9 @@ Server::Loop::Loop(Server& server, bool accepts)
       buffer_(kReceiveBytes) {
   watch(wake_.get(), EPOLLIN, EPOLL_CTL_ADD);
   if (accepts) watch(server.listener_, EPOLLIN, EPOLL_CTL_ADD);
+  if (!pipe_.refusal().empty()) {
+    server_.log("values are copied to be sent, which costs twice the CPU time or more: " + pipe_.refusal());
+  }
 }
 
 Server::Loop::~Loop() {
@@ -53,7 +56,7 @@ Server::Loop::~Loop() {
 void Server::Loop::start() {
   thread_ = std::thread([this] {
     name_this_thread("rdmaload-serve");
-    // sendfile() knows no MSG_NOSIGNAL: a client that is gone must not end the process.
+    // sendfile() and splice() know no MSG_NOSIGNAL: a client that is gone must not end the process.
     sigset_t broken_pipe;
     sigemptyset(&broken_pipe);
     sigaddset(&broken_pipe, SIGPIPE);
@@ -140,7 +143,7 @@ void Server::Loop::begin(int fd) {
   set_up(fd, peer);
   bool owned = false;  // by the connection, which closes it
   try {
-    auto connection = std::make_unique<Connection>(fd, server_.tls_.get(), server_.shared_, next_id(),
+    auto connection = std::make_unique<Connection>(fd, server_.tls_.get(), pipe_, server_.shared_, next_id(),
                                                    address_of(peer), now_);
     owned = true;
     const auto at = connections_.emplace(fd, std::move(connection)).first;
@@ -274,22 +277,24 @@ bool Server::Loop::send_some(Connection& connection) {
   ReplyQueue& replies = session.replies();
   uint64_t turn = 0;
   while (!replies.empty() && turn < kBytesPerTurn) {
+    const uint64_t referred = connection.channel.bytes_by_reference();
     const ssize_t sent = connection.channel.send(replies);
     if (sent < 0) {
       if (errno == EINTR) continue;
       if (errno != ENODATA && errno != EIO) return errno == EAGAIN;
       const bool ended = errno == ENODATA;
-      const ReplyQueue::FileSlice slice = replies.front_file();
+      const ReplyQueue::Front front = replies.front();
       ++server_.counters_.files_failed;
-      server_.log((slice.exported == nullptr ? "a stored value" : slice.exported->path()) +
+      server_.log((front.file == nullptr ? "a stored value" : front.file->path()) +
                   (ended ? ": ends before byte " : ": cannot be read at byte ") +
-                  std::to_string(slice.offset) + ": it changed while it was served; the connection of " +
+                  std::to_string(front.offset) + ": it changed while it was served; the connection of " +
                   session.address() + " was closed");
       return false;
     }
     connection.moved = now_;
     turn += static_cast<uint64_t>(sent);
     server_.counters_.bytes_sent += static_cast<uint64_t>(sent);
+    server_.counters_.bytes_by_reference += connection.channel.bytes_by_reference() - referred;
     replies.sent(static_cast<uint64_t>(sent));
     session.resume();
   }

@@ -17,6 +17,7 @@
 
 #include "server/channel.h"
 #include "server/server.h"
+#include "server/splice_pipe.h"
 
 namespace rdmaload::server {
 
@@ -39,9 +40,9 @@ class Server::Loop {
 
  private:
   struct Connection {
-    Connection(int fd, const TlsServerContext* tls, Shared& shared, uint64_t id, std::string address,
-               Clock::time_point now)
-        : session(shared, id, std::move(address)), channel(fd, tls), since(now), moved(now) {}
+    Connection(int fd, const TlsServerContext* tls, SplicePipe& pipe, Shared& shared, uint64_t id,
+               std::string address, Clock::time_point now)
+        : session(shared, id, std::move(address)), channel(fd, tls, pipe), since(now), moved(now) {}
     Session session;
     Channel channel;  // the last that can throw: what throws leaves the descriptor to the caller
     uint32_t events = EPOLLIN;
@@ -81,6 +82,7 @@ class Server::Loop {
   const Descriptor epoll_;
   const Descriptor wake_;
   std::vector<std::byte> buffer_;
+  SplicePipe pipe_;
   Connections connections_;  // by descriptor
   std::vector<int> again_;   // descriptors with input that epoll does not know of: TLS has taken it already
   bool listener_paused_ = false;

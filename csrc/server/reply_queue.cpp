@@ -55,7 +55,7 @@ bool ReplyQueue::by_reference(const Piece& piece, Large large) {
   const auto* value = std::get_if<ValuePtr>(&piece.source);
   if (value == nullptr) return std::holds_alternative<FileRange>(piece.source);
   if (large == Large::kAsMemory || piece.length < kByReferenceBytes) return false;
-  return large == Large::kApart ? (*value)->in_slab() : (*value)->descriptor() >= 0;
+  return (*value)->in_slab();
 }
 
 size_t ReplyQueue::gather(std::span<iovec> vectors, uint64_t max_bytes, Large large) const {
@@ -77,15 +77,6 @@ size_t ReplyQueue::gather(std::span<iovec> vectors, uint64_t max_bytes, Large la
     bytes += length;
   }
   return count;
-}
-
-ReplyQueue::FileSlice ReplyQueue::front_file() const {
-  const Piece& piece = pieces_.front();
-  if (const auto* value = std::get_if<ValuePtr>(&piece.source)) {
-    return {(*value)->descriptor(), nullptr, (*value)->descriptor_offset() + piece.offset, piece.length};
-  }
-  const ExportedFile* file = std::get<FileRange>(piece.source).file.get();
-  return {file->descriptor(), file, piece.offset, piece.length};
 }
 
 ReplyQueue::Front ReplyQueue::front() const {

@@ -42,16 +42,10 @@ class ReplyQueue {
   size_t held_bytes() const noexcept { return text_bytes_ + pieces_.size() * sizeof(Piece); }
 
   // What to send next is either memory (returns how many of `vectors` it filled, with at most `max_bytes`),
-  // or a file's range (returns 0: see front_file()). A large part of a stored value is both, as `large` says.
-  enum class Large { kAsFiles, kAsMemory, kApart };  // kApart: nothing, for who sends it from its slab
-  size_t gather(std::span<iovec> vectors, uint64_t max_bytes, Large large = Large::kAsFiles) const;
-  struct FileSlice {
-    int descriptor;
-    const ExportedFile* exported;  // null for a stored value
-    uint64_t offset;
-    uint64_t length;
-  };
-  FileSlice front_file() const;
+  // or what is sent by reference (returns 0: see front()): a file's range and, if kApart, a large part of a
+  // value in a slab.
+  enum class Large { kAsMemory, kApart };
+  size_t gather(std::span<iovec> vectors, uint64_t max_bytes, Large large) const;
 
   // The first piece, for who treats each kind in its own way. Only of a queue that is not empty.
   struct Front {

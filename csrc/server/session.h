@@ -38,6 +38,7 @@ struct Counters {
   std::atomic<uint64_t> misses = 0;
   std::atomic<uint64_t> bytes_received = 0;
   std::atomic<uint64_t> bytes_sent = 0;
+  std::atomic<uint64_t> bytes_by_reference = 0;  // of these, what the kernel sent without a copy
   std::atomic<uint64_t> refused_for_memory = 0;
   std::atomic<uint64_t> tls_failures = 0;  // handshakes
   std::atomic<uint64_t> auth_failures = 0;

@@ -17,9 +17,7 @@ constexpr size_t kHeapBytes = 32 << 10;  // below, rounding up to pages would wa
 constexpr size_t kSlabBytes = size_t{32} << 20;
 constexpr size_t kOwnSlabBytes = size_t{8}
                                  << 20;  // from here a value has a slab of its own: nothing to fragment
-constexpr size_t kSharedBytes = size_t{512}
-                                << 10;  // from here: at most four share a page of 2 MiB, and its fate
-constexpr size_t kValueOverhead = 128;  // the object, its count of references and the heap's own notes
+constexpr size_t kValueOverhead = 128;   // the object, its count of references and the heap's own notes
 
 // How much is registered at a time, so that no reader waits longer for it than for some milliseconds.
 constexpr size_t kPartBytes = size_t{32} << 20;
@@ -40,22 +38,8 @@ uint64_t cost_of(size_t bytes) {
 
 Value::~Value() { memory_->give_back(*this); }
 
-ValueMemory::Slab::Slab(size_t bytes, size_t shared_page_bytes) {
-  if (shared_page_bytes > 0) {
-    shared = std::make_unique<SharedArena>(bytes, shared_page_bytes);
-    users.resize(shared->size() / shared_page_bytes);
-  } else {
-    own = std::make_unique<HostArena>(bytes);
-  }
-  data = shared != nullptr ? shared->data() : own->data();
-  size = shared != nullptr ? shared->size() : bytes;
-  free.emplace(0, size);
-}
-
-std::shared_ptr<ValueMemory> ValueMemory::make(uint64_t limit_bytes, size_t shared_page_bytes) {
-  // Where they do not divide slabs (64 KiB pages: huge ones have 512 MiB) they would only waste memory.
-  const bool fits = shared_page_bytes > page_bytes() && kOwnSlabBytes % shared_page_bytes == 0;
-  return std::shared_ptr<ValueMemory>(new ValueMemory(limit_bytes, fits ? shared_page_bytes : 0));
+std::shared_ptr<ValueMemory> ValueMemory::make(uint64_t limit_bytes) {
+  return std::shared_ptr<ValueMemory>(new ValueMemory(limit_bytes));
 }
 
 std::shared_ptr<Value> ValueMemory::allocate(size_t bytes) {
@@ -117,31 +101,26 @@ bool ValueMemory::take_pages(Value& value, size_t bytes) {
 
 bool ValueMemory::take_pages(Value& value, size_t bytes, Slab*& fresh) {
   const size_t need = round_up(bytes, page_bytes());
-  const size_t shared = need >= kSharedBytes ? shared_page_bytes_ : 0;
   const std::lock_guard lock(mutex_);
   if (need < kOwnSlabBytes) {
     for (Slab& slab : slabs_) {
-      if ((slab.shared != nullptr) != (shared > 0) || slab.largest_free_bound < need) continue;
-      if (carve(slab, need, value)) return true;
+      if (slab.largest_free_bound >= need && carve(slab, need, value)) return true;
     }
   }
-  const size_t least = shared > 0 ? round_up(need, shared) : need;
-  size_t size = need < kOwnSlabBytes ? kSlabBytes : least;
+  size_t size = need < kOwnSlabBytes ? kSlabBytes : need;
   if (!hold(size)) {
     // Near the limit: exactly what is needed.
-    if (size == least || !hold(least)) return false;
-    size = least;
+    if (size == need || !hold(need)) return false;
+    size = need;
   }
   try {
-    slabs_.emplace_back(size, shared);
+    slabs_.emplace_back(size);
   } catch (const std::bad_alloc&) {
     held_bytes_ -= size;
     return false;
   }
   fresh = domain_ != nullptr ? &slabs_.back() : nullptr;
-  // What is left of the last huge page of a value's own slab is nobody else's: a small one there would keep
-  // all.
-  return carve(slabs_.back(), need < kOwnSlabBytes ? need : slabs_.back().size, value);
+  return carve(slabs_.back(), need, value);
 }
 
 bool ValueMemory::carve(Slab& slab, size_t bytes, Value& value) {
@@ -152,14 +131,9 @@ bool ValueMemory::carve(Slab& slab, size_t bytes, Value& value) {
     if (length < bytes) continue;
     slab.free.erase(run);
     if (length > bytes) slab.free.emplace(offset + bytes, length - bytes);
-    value.data_ = slab.data + offset;
+    value.data_ = slab.memory.data() + offset;
     value.slab_ = &slab;
     value.offset_ = offset;
-    if (slab.shared != nullptr) {
-      value.fd_ = slab.shared->descriptor();
-      const size_t page = slab.shared->page_bytes();
-      for (size_t at = offset / page; at * page < offset + bytes; ++at) ++slab.users[at];
-    }
     return true;
   }
   slab.largest_free_bound = largest;
@@ -177,6 +151,12 @@ void ValueMemory::give_back(Value& value) noexcept {
   }
   held_bytes_ -= kValueOverhead;
   if (value.slab_ == nullptr) return;  // there was no room for its pages
+  size_t begin = value.offset_;
+  size_t end = begin + round_up(value.size_, page_bytes());
+  const bool detached = value.referred_;
+  if (detached && !static_cast<Slab*>(value.slab_)->memory.detach(begin, end - begin)) {
+    return;  // stays held, never used again
+  }
   // Deregistering and unmapping take time: after the lock.
   std::list<Slab> emptied;
   StaleRegions stale;
@@ -185,23 +165,8 @@ void ValueMemory::give_back(Value& value) noexcept {
                                [&](const Slab& candidate) { return &candidate == value.slab_; });
   assert(at != slabs_.end());
   Slab& slab = *at;
-  size_t begin = value.offset_;
-  size_t end = begin + round_up(value.size_, page_bytes());
-  if (slab.shared != nullptr) {
-    // The first page and the last may hold others, too, and free room, which goes with them.
-    const size_t page = slab.shared->page_bytes();
-    size_t first = begin / page;
-    size_t last = (end + page - 1) / page;
-    for (size_t i = first; i < last; ++i) --slab.users[i];
-    if (slab.users[first] > 0) ++first;
-    if (last > first && slab.users[last - 1] > 0) --last;
-    if (first >= last) return;
-    begin = first * page;
-    end = last * page;
-    if (!slab.shared->forget(begin, end - begin)) return;  // stays held, never used again
-    // Not before the pages were detached: a registration that was made meanwhile may hold the old ones.
-    stale = take_stale(slab, begin, end - begin);
-  }
+  // Not before the pages were detached: a registration that was made meanwhile may hold the old ones.
+  if (detached) stale = take_stale(slab, begin, end - begin);
   for (Part& part : slab.parts) part.refused = false;  // there may be more to lock now
   // With what is free before, after and in between.
   auto run = slab.free.upper_bound(begin);
@@ -211,8 +176,8 @@ void ValueMemory::give_back(Value& value) noexcept {
     end = std::max(end, run->first + run->second);
     run = slab.free.erase(run);
   }
-  if (end - begin == slab.size) {
-    held_bytes_ -= slab.size;
+  if (end - begin == slab.memory.size()) {
+    held_bytes_ -= slab.memory.size();
     emptied.splice(emptied.end(), slabs_, at);
     return;
   }
@@ -247,7 +212,7 @@ RegisteredBytes ValueMemory::registered(const ValuePtr& value, size_t offset, si
 }
 
 void ValueMemory::register_slab(Slab& slab) {
-  for (size_t at = 0; at < slab.size; at += kPartBytes) register_part(slab, at / kPartBytes);
+  for (size_t at = 0; at < slab.memory.size(); at += kPartBytes) register_part(slab, at / kPartBytes);
 }
 
 std::shared_ptr<const rdma::MemoryRegion> ValueMemory::register_part(Slab& slab, size_t index) {
@@ -256,19 +221,19 @@ std::shared_ptr<const rdma::MemoryRegion> ValueMemory::register_part(Slab& slab,
   {
     const std::lock_guard lock(mutex_);
     if (domain_ == nullptr) return nullptr;
-    if (slab.parts.empty()) slab.parts.resize((slab.size + kPartBytes - 1) / kPartBytes);
+    if (slab.parts.empty()) slab.parts.resize((slab.memory.size() + kPartBytes - 1) / kPartBytes);
     const Part& part = slab.parts[index];
     if (part.region != nullptr || part.refused) return part.region;
     domain = domain_;
     forgotten = part.forgotten;
   }
   const size_t offset = index * kPartBytes;
-  const size_t bytes = std::min(kPartBytes, slab.size - offset);
+  const size_t bytes = std::min(kPartBytes, slab.memory.size() - offset);
   std::shared_ptr<const rdma::MemoryRegion> region;
   std::string refusal;
   try {
     std::unique_ptr<rdma::MemoryRegion> made =
-        domain->register_memory({slab.data + offset, bytes}, rdma::Access::kSource);
+        domain->register_memory({slab.memory.data() + offset, bytes}, rdma::Access::kSource);
     region = {made.release(), [counter = &registered_bytes_, bytes](const rdma::MemoryRegion* gone) {
                 delete gone;
                 *counter -= bytes;
@@ -294,7 +259,7 @@ std::shared_ptr<const rdma::MemoryRegion> ValueMemory::register_part(Slab& slab,
 ValueMemory::StaleRegions ValueMemory::take_stale(Slab& slab, size_t offset, size_t length) {
   StaleRegions stale;
   // Of a slab of many values there is one part, and one of a single value goes as a whole.
-  if (slab.parts.empty() || length == slab.size) return stale;
+  if (slab.parts.empty() || length == slab.memory.size()) return stale;
   size_t count = 0;
   for (size_t index = offset / kPartBytes; index * kPartBytes < offset + length; ++index) {
     Part& part = slab.parts[index];

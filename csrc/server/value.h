@@ -5,10 +5,10 @@
 // pages in slabs of 32 MiB, huge pages where the system gives them, so that a hundred gigabytes of chunks are
 // a few thousand mappings (a kernel allows 65,530) and few memory regions for a NIC.
 //
-// Where the system gives huge pages to shared memory, too, values from 512 KiB up lie in files without a
-// name: sockets can send from those by reference, and may still refer to pages of a value that is gone. So a
-// page is detached before its place is used again, when the last value in it went. That is what saving and
-// pruning whole models does. (With ordinary pages references cost more than the copy that they save.)
+// Sockets send from slabs by reference, and on loopback even a receiver's queue may still refer to pages of a
+// value that is gone. So what was sent like that is never written again: its pages are detached before their
+// place is used again. (The fresh ones there are ordinary pages until the kernel makes them huge, or until
+// the whole slab is empty and goes.)
 //
 // ValueMemory never holds more of the system's memory than its limit: what does not fit is refused before it
 // is allocated. Values that readers still hold count, and so does room in slabs that nothing uses.
@@ -33,7 +33,6 @@
 #include <vector>
 
 #include "memory/host_arena.h"
-#include "memory/shared_arena.h"
 #include "transport/rdma/queue_pair.h"
 
 namespace rdmaload::server {
@@ -47,11 +46,10 @@ class Value {
   Value& operator=(const Value&) = delete;
 
   std::span<const std::byte> bytes() const noexcept { return {data_, size_}; }
-  // The file that the bytes lie in, for sendfile, and where; -1 for what is sent from memory.
-  int descriptor() const noexcept { return fd_; }
-  uint64_t descriptor_offset() const noexcept { return offset_; }
-  // Whether it lies in a slab, which cards can read.
+  // Whether it lies in a slab, which cards can read and sockets refer to.
   bool in_slab() const noexcept { return slab_ != nullptr; }
+  // Before the first reference to its pages is handed to the kernel.
+  void refer() const noexcept { referred_ = true; }
   // Only for whoever fills it, before it is shared.
   std::span<std::byte> fill() noexcept { return {data_, size_}; }
 
@@ -64,8 +62,8 @@ class Value {
   size_t size_;
   std::unique_ptr<std::byte[]> heap_;
   void* slab_ = nullptr;  // which slab the pages belong to; null for the heap
-  int fd_ = -1;
-  uint64_t offset_ = 0;  // in the slab
+  uint64_t offset_ = 0;   // in the slab
+  mutable std::atomic<bool> referred_ = false;
 };
 
 using ValuePtr = std::shared_ptr<const Value>;
@@ -79,8 +77,7 @@ struct RegisteredBytes {
 
 class ValueMemory : public std::enable_shared_from_this<ValueMemory> {
  public:
-  // `shared_page_bytes`: of huge pages of shared memory, 0 for none.
-  static std::shared_ptr<ValueMemory> make(uint64_t limit_bytes, size_t shared_page_bytes = 0);
+  static std::shared_ptr<ValueMemory> make(uint64_t limit_bytes);
 
   // nullptr: it does not fit under the limit, or the system has no room.
   std::shared_ptr<Value> allocate(size_t bytes);
@@ -101,7 +98,6 @@ class ValueMemory : public std::enable_shared_from_this<ValueMemory> {
   std::string take_refusal();
 
   uint64_t limit_bytes() const noexcept { return limit_bytes_; }
-  size_t shared_page_bytes() const noexcept { return shared_page_bytes_; }
   uint64_t used_bytes() const noexcept { return used_bytes_.load(); }  // of values and what was charged
   uint64_t held_bytes() const noexcept {
     return held_bytes_.load();
@@ -116,20 +112,14 @@ class ValueMemory : public std::enable_shared_from_this<ValueMemory> {
     bool refused = false;                              // not tried again before that
   };
   struct Slab {
-    Slab(size_t bytes, size_t shared_page_bytes);  // 0: private memory
-    // One of the two.
-    std::unique_ptr<SharedArena> shared;
-    std::unique_ptr<HostArena> own;
-    std::byte* data;
-    size_t size;
-    std::vector<uint32_t> users;           // of shared ones: values in each page
+    explicit Slab(size_t bytes) : memory(bytes) { free.emplace(0, bytes); }
+    HostArena memory;
     std::vector<Part> parts;               // of 32 MiB; empty before the first is registered
     std::map<size_t, size_t> free;         // offset to length: neighbours are always merged
     size_t largest_free_bound = SIZE_MAX;  // no free run is longer; not always reached
   };
 
-  ValueMemory(uint64_t limit_bytes, size_t shared_page_bytes)
-      : limit_bytes_(limit_bytes), shared_page_bytes_(shared_page_bytes) {}
+  explicit ValueMemory(uint64_t limit_bytes) : limit_bytes_(limit_bytes) {}
   bool hold(uint64_t bytes) noexcept;
   bool take_pages(Value& value, size_t bytes);
   bool take_pages(Value& value, size_t bytes, Slab*& fresh);  // fresh: a slab to be registered
@@ -142,7 +132,6 @@ class ValueMemory : public std::enable_shared_from_this<ValueMemory> {
   static StaleRegions take_stale(Slab& slab, size_t offset, size_t length);
 
   const uint64_t limit_bytes_;
-  const size_t shared_page_bytes_;
   std::atomic<uint64_t> used_bytes_ = 0;
   std::atomic<uint64_t> held_bytes_ = 0;
   std::atomic<uint64_t> values_ = 0;

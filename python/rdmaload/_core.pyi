@@ -351,6 +351,7 @@ class _ServerCounters(TypedDict):
     misses: int
     bytes_received: int
     bytes_sent: int
+    bytes_by_reference: int
     refused_for_memory: int
     auth_failures: int
     auth_refused: int

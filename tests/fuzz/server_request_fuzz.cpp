@@ -77,10 +77,12 @@ std::string converse(std::string_view bytes, size_t step, bool with_password, Ro
           session.resume();
           continue;
         }
-        if (replies.gather({&vector, 1}, 100) == 0) {
-          const auto slice = replies.front_file();
-          FUZZ_CHECK(slice.descriptor >= 0 && slice.exported == nullptr && slice.length > 0);
-          replies.sent(slice.length);
+        if (replies.gather({&vector, 1}, 100, ReplyQueue::Large::kApart) == 0) {
+          const ReplyQueue::Front front = replies.front();
+          FUZZ_CHECK(front.value != nullptr && front.length > 0);
+          FUZZ_CHECK(front.offset < front.value->bytes().size());
+          FUZZ_CHECK(front.length <= front.value->bytes().size() - front.offset);
+          replies.sent(front.length);
           session.resume();
           continue;
         }

@@ -235,6 +235,6 @@ def test_huge_pages_that_are_off_are_a_warning(tmp_path: Path, monkeypatch: pyte
     assert host_checks._huge_pages().status == "warn"
     (tmp_path / "enabled").write_text("always [madvise] never\n")
     (tmp_path / "defrag").write_text("always defer [never]\n")
-    assert host_checks._huge_pages().line().startswith("ok    transparent huge pages: enabled madvise, defrag never, ")
+    assert host_checks._huge_pages().line().startswith("ok    transparent huge pages: enabled madvise, defrag never")
     (tmp_path / "enabled").write_text("always madvise [never]\n")
     assert host_checks._huge_pages().status == "warn"

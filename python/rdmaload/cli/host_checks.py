@@ -178,7 +178,7 @@ def _numa() -> Check:
 
 
 def _huge_pages() -> Check:
-    chosen = {name: _bracketed(f"{_THP}/{name}") for name in ("enabled", "defrag", "shmem_enabled")}
+    chosen = {name: _bracketed(f"{_THP}/{name}") for name in ("enabled", "defrag")}
     value = ", ".join(f"{name} {setting or 'unknown'}" for name, setting in chosen.items())
     if chosen["enabled"] not in ("always", "madvise"):
         return Check(

@@ -28,6 +28,7 @@ _HELP = {
     "misses": "Reads of keys that are not.",
     "bytes_received": "Bytes received over TCP.",
     "bytes_sent": "Bytes sent over TCP.",
+    "bytes_by_reference": "Bytes sent over TCP that nobody copied for it.",
     "refused_for_memory": "Writes that did not fit into --max-memory.",
     "auth_failures": "Wrong passwords.",
     "auth_refused": "Passwords not looked at because others were wrong before.",
@@ -42,8 +43,8 @@ _HELP = {
     "keys": "Keys, those of exported models among them.",
     "values": "Keys whose value is in memory.",
     "used_bytes": "Memory that values take.",
-    "held_bytes": "Memory of values that were replaced or removed and are still being sent.",
-    "limit_bytes": "Memory that values may take.",
+    "held_bytes": "Memory taken from the system for values.",
+    "limit_bytes": "The most that is taken for them.",
 }
 _GAUGES = {
     "connections_now",

@@ -4,12 +4,17 @@
 
 #include <arpa/inet.h>
 #include <doctest/doctest.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <netinet/in.h>
 #include <poll.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
+#include <cstddef>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -122,8 +127,8 @@ class Client {
 };
 
 struct Running {
-  explicit Running(ServerOptions options = {}, uint64_t limit = 64 * kMiB, size_t shared_page_bytes = 0)
-      : memory(ValueMemory::make(limit, shared_page_bytes)),
+  explicit Running(ServerOptions options = {}, uint64_t limit = 64 * kMiB)
+      : memory(ValueMemory::make(limit)),
         store(std::make_shared<Store>(memory)),
         server(store, std::move(options)) {}
   const Counters& counters() { return server.counters(); }
@@ -377,11 +382,7 @@ TEST_CASE("a client that takes no replies is not read from: what waits for it st
 }
 
 TEST_CASE("what is on its way stays as it was, when the value is replaced and its memory used again") {
-  size_t shared_page_bytes = 0;
-  SUBCASE("sent from memory") {}
-  // Where the system gives no such pages they are ordinary, and treated as if they were not.
-  SUBCASE("sent by reference, from shared huge pages") { shared_page_bytes = 2 * kMiB; }
-  Running running({}, 64 * kMiB, shared_page_bytes);
+  Running running;
   Client writer = running.client();
   Client slow = running.client(256 << 10);
   const std::string value = text_of(random_bytes(kMiB - 4096, 1));
@@ -400,6 +401,60 @@ TEST_CASE("what is on its way stays as it was, when the value is replaced and it
   CHECK(slow.line() == "\r\n");
   CHECK(slow.line() == "$1044480\r\n");
   CHECK(slow.receive(value.size()) == value);
+  CHECK(running.counters().bytes_by_reference > value.size());
+}
+
+TEST_CASE("large values are sent by reference, from any place in them; small ones and text by a copy") {
+  Running running;
+  Client client = running.client();
+  const std::string value = text_of(random_bytes(3 * kMiB + 5, 1));
+  client.send(words({"SET", "k", value}) + words({"SET", "small", value.substr(0, 1000)}));
+  CHECK(client.line() == "+OK\r\n");
+  CHECK(client.line() == "+OK\r\n");
+  client.send(words({"GET", "small"}) + words({"GET", "k"}) + words({"GETRANGE", "k", "4097", "1048576"}) +
+              words({"GETRANGE", "k", "1", "100"}));
+  CHECK(client.line() == "$1000\r\n");
+  CHECK(client.receive(1000) == value.substr(0, 1000));
+  CHECK(client.line() == "\r\n");
+  CHECK(client.line() == "$3145733\r\n");
+  CHECK((client.receive(value.size()) == value));
+  CHECK(client.line() == "\r\n");
+  CHECK(client.line() == "$1044480\r\n");
+  CHECK((client.receive(1044480) == value.substr(4097, 1044480)));
+  CHECK(client.line() == "\r\n");
+  CHECK(client.line() == "$100\r\n");
+  CHECK(client.receive(100) == value.substr(1, 100));
+  // What is left of one below 32 KiB goes with the text after it.
+  const uint64_t referred = running.counters().bytes_by_reference;
+  CHECK(referred <= value.size() + 1044480);
+  CHECK(referred > value.size() + 1044480 - (64 << 10));
+}
+
+TEST_CASE("where a sandbox forbids references values are copied, and an operator reads so") {
+  // The filter holds for this thread and those that it starts.
+  std::thread sandboxed([] {
+    static sock_filter program[] = {
+        {BPF_LD | BPF_W | BPF_ABS, 0, 0, offsetof(seccomp_data, nr)},
+        {BPF_JMP | BPF_JEQ | BPF_K, 0, 1, __NR_vmsplice},
+        {BPF_RET | BPF_K, 0, 0, SECCOMP_RET_ERRNO | EPERM},
+        {BPF_RET | BPF_K, 0, 0, SECCOMP_RET_ALLOW},
+    };
+    const sock_fprog filter{4, program};
+    REQUIRE(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0);
+    REQUIRE(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter) == 0);
+    Running running;
+    Client client = running.client();
+    const std::string value = text_of(random_bytes(3 * kMiB, 1));
+    client.send(words({"SET", "k", value}) + words({"GET", "k"}));
+    CHECK(client.line() == "+OK\r\n");
+    CHECK(client.line() == "$3145728\r\n");
+    CHECK((client.receive(value.size()) == value));
+    CHECK(running.counters().bytes_by_reference == 0);
+    const std::vector<std::string> log = running.server.take_log();
+    REQUIRE(!log.empty());
+    CHECK(log[0].find("vmsplice: Operation not permitted") != std::string::npos);
+  });
+  sandboxed.join();
 }
 
 TEST_CASE("a half-closed client gets what it has asked for") {
