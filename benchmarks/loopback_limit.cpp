@@ -1,21 +1,24 @@
 // The raw limit of this machine's loopback: a process that sends, one that receives, no protocol, no
 // checksums.
 //
-//   loopback_limit BYTES CHUNK CONNECTIONS send|sendfile|sendfile-huge
+//   loopback_limit BYTES CHUNK CONNECTIONS send|sendfile|sendfile-huge|splice|splice-huge
 //
 // The sender's process has BYTES in a memory file and sends them chunk by chunk, a thread per connection, by
-// send() from the mapping or by sendfile() from the file, which has huge pages if so asked and if the system
-// gives them to shared memory. The receiver has a thread per connection, too, and receives into fresh memory
+// send() from the mapping or by sendfile() from the file; or it has them in private memory and sends them by
+// vmsplice() and splice(). The memory has huge pages if so asked and if the system gives them (to shared
+// memory most do not). The receiver has a thread per connection, too, and receives into fresh memory
 // with huge pages. Both sides' sockets are set as the weight server sets its own. Every byte that arrives is
 // one of its place (the low byte of its chunk's number), which is looked at after the clock has stopped.
 // Prints one line of JSON; sender_cpu_seconds is of sending alone.
 
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/sendfile.h>
 #include <sys/socket.h>
+#include <sys/uio.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -31,6 +34,7 @@
 namespace {
 
 constexpr size_t kHugePageBytes = 2 << 20;
+constexpr int kPipeBytes = 256 << 10;  // as the weight server's
 
 [[noreturn]] void die(const char* what) {
   std::perror(what);
@@ -67,6 +71,25 @@ void send_all(int fd, int file, const char* data, Range range, size_t chunk, boo
   }
 }
 
+void splice_all(int fd, const char* data, Range range, size_t chunk) {
+  int ends[2];
+  if (pipe(ends) != 0 || fcntl(ends[1], F_SETPIPE_SZ, kPipeBytes) < 0) die("pipe");
+  for (size_t at = range.begin; at < range.end;) {
+    const size_t length = std::min({chunk - at % chunk, range.end - at, size_t{kPipeBytes}});
+    iovec piece{const_cast<char*>(data) + at, length};
+    const ssize_t filled = vmsplice(ends[1], &piece, 1, 0);
+    if (filled <= 0) die("vmsplice");
+    for (ssize_t left = filled; left > 0;) {
+      const ssize_t sent = splice(ends[0], nullptr, fd, nullptr, static_cast<size_t>(left), 0);
+      if (sent <= 0) die("splice");
+      left -= sent;
+    }
+    at += static_cast<size_t>(filled);
+  }
+  close(ends[0]);
+  close(ends[1]);
+}
+
 double cpu_seconds(int who) {
   rusage used{};
   getrusage(who, &used);
@@ -79,12 +102,13 @@ double cpu_seconds(int who) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 5) die("usage: loopback_limit BYTES CHUNK CONNECTIONS send|sendfile");
+  if (argc != 5) die("usage: loopback_limit BYTES CHUNK CONNECTIONS send|sendfile|...");
   const auto total = static_cast<size_t>(std::atoll(argv[1]));
   const auto chunk = static_cast<size_t>(std::atoll(argv[2]));
   const auto connections = static_cast<size_t>(std::atoll(argv[3]));
   const std::string_view how = argv[4];
-  const bool by_file = how == "sendfile" || how == "sendfile-huge";
+  const bool by_file = how.starts_with("sendfile");
+  const bool by_splice = how.starts_with("splice");
   const size_t chunks = (total + chunk - 1) / chunk;
 
   const int listener = socket(AF_INET, SOCK_STREAM, 0);
@@ -102,10 +126,14 @@ int main(int argc, char** argv) {
   if (sender == 0) {
     const int file = memfd_create("loopback_limit", 0);
     if (file < 0 || ftruncate(file, static_cast<off_t>(total)) != 0) die("memfd");
-    void* mapped = mmap(nullptr, total, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    const size_t reserve = total + kHugePageBytes;
+    void* mapped = by_splice
+                       ? mmap(nullptr, reserve, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+                       : mmap(nullptr, total, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     if (mapped == MAP_FAILED) die("mmap");
-    madvise(mapped, total, how == "sendfile-huge" ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+    madvise(mapped, by_splice ? reserve : total, how.ends_with("-huge") ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
     char* data = static_cast<char*>(mapped);
+    if (by_splice) data += kHugePageBytes - reinterpret_cast<size_t>(mapped) % kHugePageBytes;
     for (size_t i = 0; i < chunks; ++i) {
       std::memset(data + i * chunk, static_cast<int>(i & 0xff), std::min(chunk, total - i * chunk));
     }
@@ -120,7 +148,12 @@ int main(int argc, char** argv) {
         // Which range this connection wants.
         unsigned char number = 0;
         if (recv(fd, &number, 1, MSG_WAITALL) != 1) die("recv");
-        send_all(fd, file, data, range_of(number, connections, chunks, chunk, total), chunk, by_file);
+        const Range range = range_of(number, connections, chunks, chunk, total);
+        if (by_splice) {
+          splice_all(fd, data, range, chunk);
+        } else {
+          send_all(fd, file, data, range, chunk, by_file);
+        }
         close(fd);
       });
     }

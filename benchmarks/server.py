@@ -2,9 +2,9 @@
 
 Same checkpoint, same chunks, same client and options for the servers; their CPU time stands beside. The raw loopback
 is loopback_limit.cpp: a process that sends the same sizes over as many connections and one that receives, without
-protocol and checksums, by send() and by sendfile(). Once the whole load is compared with it, once (`receiver`)
-redis_ceiling.cpp, which only receives from our server: the server's own part. Target: at least as fast as the better of
-the others, at half its server CPU per GB, and 0.9 of the raw loopback.
+protocol and checksums, by send(), by sendfile() and by references to private huge pages. Once the whole load is
+compared with it, once (`receiver`) redis_ceiling.cpp, which only receives from our server: the server's own part.
+Target: at least as fast as the better of the others, at half its server CPU per GB, and 0.9 of the raw loopback.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main() -> None:
                     f"raw loopback, {how}",
                     functools.partial(limit, program, total, ceiling.chunks[0][1], arguments.connections, how),
                 )
-                for how in ("send", "sendfile")
+                for how in ("send", "sendfile", "splice-huge")
             ]
             receiver = paired.Way(
                 "rdmaload serve, receiver",
