@@ -5,6 +5,8 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <optional>
+#include <tuple>
 #include <variant>
 #include <vector>
 
@@ -161,6 +163,14 @@ void register_loader(py::module_& module) {
       .def("add_blocks", &TensorIndex::add_blocks, py::arg("file"), py::arg("file_bytes"),
            py::arg("block_bytes"))
       .def("__len__", [](const TensorIndex& self) { return self.tensors().size(); })
+      .def("duplicate",
+           [](const TensorIndex& self) -> std::optional<std::tuple<std::string, uint32_t, uint32_t>> {
+             py::gil_scoped_release release;
+             const auto found = self.duplicate();
+             if (!found) return std::nullopt;
+             const IndexedTensor& again = self.tensors()[found->second];
+             return std::tuple(again.info.name, self.tensors()[found->first].file, again.file);
+           })
       .def("tensors", &rows_of);
 
   py::class_<StoreLayout, std::shared_ptr<StoreLayout>>(module, "StoreLayout")

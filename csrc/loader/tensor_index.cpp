@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <limits>
-#include <utility>
+#include <unordered_map>
 
 #include "core/error.h"
 
@@ -47,6 +47,16 @@ void TensorIndex::add_blocks(uint32_t file, uint64_t file_bytes, uint64_t block_
     tensors_.push_back({{"", DType::kU8, {static_cast<int64_t>(size)}, begin, begin + size}, file});
     begin += size;
   }
+}
+
+std::optional<std::pair<size_t, size_t>> TensorIndex::duplicate() const {
+  std::unordered_map<std::string_view, size_t> seen;
+  seen.reserve(tensors_.size());
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    const auto [at, is_new] = seen.emplace(tensors_[i].info.name, i);
+    if (!is_new) return std::pair(at->second, i);
+  }
+  return std::nullopt;
 }
 
 }  // namespace rdmaload

@@ -3,8 +3,11 @@
 // Built once per opened model, then read-only: any thread may read it.
 #pragma once
 
+#include <cstddef>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "loader/safetensors.h"
@@ -27,6 +30,8 @@ class TensorIndex {
   // A file whose content does not matter: its bytes as unnamed U8 tensors of at most `block_bytes`.
   void add_blocks(uint32_t file, uint64_t file_bytes, uint64_t block_bytes);
   const std::vector<IndexedTensor>& tensors() const noexcept { return tensors_; }
+  // The first tensor whose name another before it has, and that one: {earlier, later}.
+  std::optional<std::pair<size_t, size_t>> duplicate() const;
 
  private:
   std::vector<IndexedTensor> tensors_;

@@ -582,7 +582,7 @@ class Model:
                     stats.bytes += len(block)
         return stats
 
-    def _select(self, weights: RankTensors, include: Patterns, exclude: Patterns) -> tuple[list[int], Names]:
+    def _select(self, weights: RankTensors, include: Patterns, exclude: Patterns) -> tuple[Sequence[int], Names]:
         selection, names = weights.select(include, exclude)
         self._reader.require_whole(lambda: weights.read_of(selection))
         return selection, names

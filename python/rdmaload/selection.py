@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from rdmaload import _core
@@ -54,21 +55,25 @@ class Names:
     No list for each tensor: the collector of Python's objects would walk all 20,000 of them.
     """
 
-    def __init__(self, specs: Sequence[TensorSpec], tied: Mapping[int, list[str]]) -> None:
-        self._specs = specs
+    def __init__(self, tensors: RankTensors, tied: Mapping[int, list[str]]) -> None:
+        self._tensors = tensors
         self._tied = tied
 
     def __getitem__(self, position: int) -> Sequence[str]:
-        return self._tied.get(position) or (self._specs[position].name,)
+        return self._tied.get(position) or (self._tensors.specs[position].name,)
 
 
 class RankTensors:
-    """The tensors of the files that one rank reads: the native index, and the same by name."""
+    """The tensors of the files that one rank reads: the native index, and the same for Python.
+
+    What Python needs of each is made when it is first asked for: of 20,000 tensors it takes as long as reading a tenth
+    of a GB, which a load that wants all of them does meanwhile.
+    """
 
     def __init__(self, files: Sequence[tuple[int, IndexFile]], url: str) -> None:
         self.native = _core.TensorIndex()
         self.tied: dict[str, str] = {}  # alias: stored name
-        by_position = dict(files)
+        self._paths = {position: file.path for position, file in files}
         for position, file in files:
             assert file.header is not None
             try:
@@ -80,34 +85,43 @@ class RankTensors:
             except FormatError as error:
                 raise FormatError(f"{url}: {error}", url=url, key=file.key or file.path) from None
             self.tied.update(file.tied)
-        self.specs: list[TensorSpec] = []
-        self.position: dict[str, int] = {}
-        for name, dtype, shape, position, nbytes in self.native.tensors():
-            file = by_position[position]
-            if name in self.position:
-                first = self.specs[self.position[name]].file
-                raise FormatError(
-                    f"{url}: tensor {name} is in {first} and in {file.path}; a *.safetensors.index.json would say "
-                    "which file counts",
-                    url=url,
-                    key=file.path,
-                )
-            self.position[name] = len(self.specs)
-            self.specs.append(TensorSpec(name, dtype, shape, file.path, nbytes))
+        if (duplicate := self.native.duplicate()) is not None:
+            name, first, again = duplicate
+            raise FormatError(
+                f"{url}: tensor {name} is in {self._paths[first]} and in {self._paths[again]}; a "
+                "*.safetensors.index.json would say which file counts",
+                url=url,
+                key=self._paths[again],
+            )
         for alias, name in self.tied.items():
             if name not in self.position or alias in self.position:
                 raise FormatError(f"{url}: tied name {alias} does not stand for a stored tensor ({name})", url=url)
 
-    def select(self, include: Patterns, exclude: Patterns) -> tuple[list[int], Names]:
+    @cached_property
+    def specs(self) -> list[TensorSpec]:
+        """By position."""
+        paths = self._paths
+        return [
+            TensorSpec(name, dtype, shape, paths[file], nbytes)
+            for name, dtype, shape, file, nbytes in self.native.tensors()
+        ]
+
+    @cached_property
+    def position(self) -> dict[str, int]:
+        """By name."""
+        return {spec.name: position for position, spec in enumerate(self.specs)}
+
+    def select(self, include: Patterns, exclude: Patterns) -> tuple[Sequence[int], Names]:
         """Positions to read in file order, and the names that each is delivered under."""
+        if include is None and exclude is None and not self.tied:
+            return range(len(self.native)), Names(self, {})
         wanted, include = _divided(as_patterns(include))
         unwanted, exclude = _divided(as_patterns(exclude))
 
         def chosen(name: str) -> bool:
             return name not in unwanted and is_selected(name, None if name in wanted else include, exclude)
 
-        everything = include is None and exclude is None and not unwanted
-        positions = [i for i, spec in enumerate(self.specs) if everything or chosen(spec.name)]
+        positions = [i for i, spec in enumerate(self.specs) if chosen(spec.name)]
         tied: dict[int, list[str]] = {}
         for alias, name in self.tied.items():
             if chosen(alias):
@@ -115,7 +129,7 @@ class RankTensors:
                 own = [name] if chosen(name) else []
                 tied.setdefault(position, own).append(alias)
         positions += [position for position, names in tied.items() if self.specs[position].name not in names]
-        return sorted(positions), Names(self.specs, tied)
+        return sorted(positions), Names(self, tied)
 
     def read_of(self, selection: Sequence[int]) -> dict[str, tuple[int, int]]:
         """The files that a selection reads: the bytes that it wants of each, and those of all tensors there."""

@@ -69,7 +69,7 @@ def _files_named_by(index: str, content: bytes, url: str | None) -> set[str]:
             problem = f"not JSON: {err}"
         else:
             weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
-            if isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values()):
+            if isinstance(weight_map, dict) and set(map(type, weight_map.values())) <= {str}:
                 return set(weight_map.values())
             problem = 'no "weight_map" of tensor names to file names'
     raise FormatError(f"{index} cannot be used: {problem}", url=url, key=index)

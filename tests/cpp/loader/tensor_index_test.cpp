@@ -43,6 +43,19 @@ TEST_CASE("a bad header is refused with the file's path and leaves the index as 
   CHECK(index.tensors().size() == 1);
 }
 
+TEST_CASE("a name that two files hold is found, and which two tensors have it") {
+  TensorIndex index;
+  const std::string header = testing::safetensors_header({10, 4});
+  CHECK(!index.duplicate());
+  index.add_file(0, "a", 8 + header.size() + 14, header);
+  CHECK(!index.duplicate());
+  index.add_single(1, "b", 8 + testing::safetensors_header({4}).size() + 4, testing::safetensors_header({4}),
+                   "t0", "t1");
+  REQUIRE(index.duplicate());
+  CHECK(index.duplicate()->first == 1);
+  CHECK(index.duplicate()->second == 2);
+}
+
 TEST_CASE("a file of one tensor gives it under another name, and any other content is refused") {
   TensorIndex index;
   const std::string one = testing::safetensors_header({10}), two = testing::safetensors_header({10, 4});
