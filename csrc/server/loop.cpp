@@ -154,7 +154,8 @@ void Server::Loop::begin(int fd) {
     if (!owned) close(fd);
     --load_;
     --server_.counters_.connections_now;
-    server_.log(error.what());
+    // Without memory there is none for a line either.
+    if (dynamic_cast<const std::bad_alloc*>(&error) == nullptr) server_.log(error.what());
   }
 }
 
@@ -199,19 +200,18 @@ void Server::Loop::tick() {
     listener_paused_ = false;
     watch(server_.listener_, EPOLLIN, EPOLL_CTL_MOD);
   }
-  std::vector<Connection*> doomed;
-  for (const auto& [fd, connection] : connections_) {
-    const Session& session = connection->session;
-    const bool busy = session.busy() || connection->channel.holds_output();
-    const bool stalled = busy && now_ - connection->moved > server_.options_.stall_timeout;
+  for (auto at = connections_.begin(); at != connections_.end();) {
+    Connection& connection = *at->second;
+    ++at;  // before it may be dropped
+    const Session& session = connection.session;
+    const bool busy = session.busy() || connection.channel.holds_output();
+    const bool stalled = busy && now_ - connection.moved > server_.options_.stall_timeout;
     const auto patience =
         std::min<std::chrono::duration<double>>(server_.options_.stall_timeout, kUnknownClientTime);
-    const bool known = session.authenticated() && connection->channel.established();
-    if (stalled || (!known && now_ - connection->since > patience)) doomed.push_back(connection.get());
-  }
-  for (Connection* connection : doomed) {
+    const bool known = session.authenticated() && connection.channel.established();
+    if (!stalled && (known || now_ - connection.since <= patience)) continue;
     ++server_.counters_.connections_stalled;
-    drop(*connection);
+    drop(connection);
   }
 }
 

@@ -129,8 +129,8 @@ bool ValueMemory::carve(Slab& slab, size_t bytes, Value& value) {
     const auto [offset, length] = *run;
     largest = std::max(largest, length);
     if (length < bytes) continue;
+    if (length > bytes) slab.free.emplace(offset + bytes, length - bytes);  // throws before anything is lost
     slab.free.erase(run);
-    if (length > bytes) slab.free.emplace(offset + bytes, length - bytes);
     value.data_ = slab.memory.data() + offset;
     value.slab_ = &slab;
     value.offset_ = offset;
@@ -181,7 +181,11 @@ void ValueMemory::give_back(Value& value) noexcept {
     emptied.splice(emptied.end(), slabs_, at);
     return;
   }
-  slab.free.emplace(begin, end - begin);
+  try {
+    slab.free.emplace(begin, end - begin);
+  } catch (const std::bad_alloc&) {
+    return;  // not even for a note of it: stays held, never used again
+  }
   slab.largest_free_bound = SIZE_MAX;
 }
 
