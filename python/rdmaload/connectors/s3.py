@@ -1,8 +1,8 @@
 """S3 and the stores that speak like it: `s3://bucket/prefix`; a model's files are the objects below the prefix.
 
-boto3 does what it is best at: credentials (environment, profiles, SSO, roles, and their refresh), endpoints, regions,
-addressing, listing and small calls. Weights go through the native transport, which asks by presigned urls: only the
-host is signed, so that one url serves every range of an object, and a new one is signed before it expires.
+botocore does what it is best at: credentials (environment, profiles, SSO, roles, and their refresh), endpoints,
+regions, addressing, listing and small calls. Weights go through the native transport, which asks by presigned urls:
+only the host is signed, so that one url serves every range of an object, and a new one is signed before it expires.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
@@ -25,10 +24,11 @@ from rdmaload._core import crc32c
 from rdmaload.connectors.connector import FileInfo
 from rdmaload.connectors.objects import ObjectConnector
 from rdmaload.connectors.proxies import split_proxy
+from rdmaload.connectors.s3_client import S3Clients
 from rdmaload.connectors.s3_errors import meaning_of
 from rdmaload.connectors.s3_upload import S3Upload, crc_text
 from rdmaload.connectors.store_digests import FileDigest, digest_of_text
-from rdmaload.connectors.tls import check_tls_options, native_context
+from rdmaload.connectors.tls import check_tls_options
 from rdmaload.errors import (
     FormatError,
     IntegrityError,
@@ -98,7 +98,7 @@ class S3Connector(ObjectConnector):
         if (self.options.username is None) != (self._password is None):
             raise UrlError(f"{self.url}: username (access key id) and password (secret key) go together", url=self.url)
         self._lock = threading.Lock()
-        self._made: Any = None  # Guarded by _lock; boto3 has no types.
+        self._made: Any = None  # Guarded by _lock; botocore has no types.
         self._proxies: Mapping[str, str] = {}
         self._tls: TlsContext | None = None
         self._etags: Mapping[str, str] = {}
@@ -128,51 +128,24 @@ class S3Connector(ObjectConnector):
         self._count_retries(int(parsed.get("ResponseMetadata", {}).get("RetryAttempts", 0)))
 
     def _new_client(self) -> Any:
-        import boto3
-        import botocore
-        from botocore.config import Config
         from botocore.utils import get_environ_proxies
 
         options = self.options
-        session = boto3.Session(
-            aws_access_key_id=options.username,
-            aws_secret_access_key=self._password,
-            profile_name=options.profile,
-            region_name=options.region,
-        )
-        ca_file = options.ca_file or session._session.get_config_variable("ca_bundle")
-        certificate = options.client_cert_file
-        config = Config(
-            signature_version=botocore.UNSIGNED if options.unsigned else "s3v4",
-            s3={"addressing_style": options.addressing_style},
-            connect_timeout=options.connect_timeout,
-            read_timeout=options.inactivity_timeout,
-            retries={"mode": "standard", "total_max_attempts": 1},  # _tried does it, within retry_timeout
-            max_pool_connections=max(10, options.threads, self.connections),
-            client_cert=(certificate, options.client_key_file) if options.client_key_file else certificate,
-            # Ours are of every chunk; botocore's own would cost a second pass over all bytes.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        )
-        verify = (ca_file or None) if options.verify_tls else False
-
-        def client_in(region: str) -> Any:
-            return session.client(
-                "s3", region_name=region, endpoint_url=options.endpoint_url, config=config, verify=verify
-            )
-
-        client = client_in(session.region_name or "us-east-1")
-        if options.region is None and session.region_name is None and options.endpoint_url is None:
-            client = self._in_region_of_bucket(client, client_in)
+        clients = S3Clients(options, self._password, connections=self.connections)
+        with ThreadPoolExecutor(1, "rdmaload-tls") as pool:
+            # OpenSSL reads the system's authorities while botocore, which holds the GIL, reads its own data.
+            tls = None
+            if not (options.endpoint_url or "").startswith("http://"):
+                tls = pool.submit(clients.native_tls, self.url)
+            client = clients.in_region(clients.region or "us-east-1")
+            if clients.region is None and options.endpoint_url is None:
+                client = self._in_region_of_bucket(client, clients)
         client.meta.events.register("after-call.s3", self._note_retries)
         self._proxies = get_environ_proxies(client.meta.endpoint_url) or {}
-        with contextlib.suppress(NotSupportedError):  # without OpenSSL, http:// works all the same
-            self._tls = native_context(
-                options if options.ca_file or not ca_file else _with_ca(options, ca_file), url=self.url
-            )
+        self._tls = None if tls is None else tls.result()
         return client
 
-    def _in_region_of_bucket(self, client: Any, client_in: Callable[[str], Any]) -> Any:
+    def _in_region_of_bucket(self, client: Any, clients: S3Clients) -> Any:
         """A url that is signed for another region than the bucket's is refused: ask where it is."""
         from botocore.exceptions import ClientError
 
@@ -190,7 +163,7 @@ class S3Connector(ObjectConnector):
         if region in (None, client.meta.region_name):
             return client
         client.close()
-        return client_in(region)
+        return clients.in_region(region)
 
     # ---- reading ----
 
@@ -485,7 +458,3 @@ def _quoted(etag: str | None) -> str | None:
 def _is_hidden(path: str) -> bool:
     """In a directory whose name begins with a dot, as tools keep beside a model (and we our manifest)."""
     return any(part.startswith(".") for part in path.split("/")[:-1])
-
-
-def _with_ca(options: Options, ca_file: str) -> Options:
-    return replace(options, ca_file=ca_file)
