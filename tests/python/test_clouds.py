@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import rdmaload
 from rdmaload.connectors import connector_for
-from rdmaload.connectors.cloud import CloudConnector
+from rdmaload.connectors.obstore import ObstoreConnector
 from rdmaload.errors import (
     AuthenticationError,
     IntegrityError,
@@ -177,7 +177,7 @@ def test_a_failed_upload_appears_nowhere_and_leaves_no_parts(cloud: Cloud, tmp_p
 def test_parts_that_come_out_of_order_are_stored_in_order(cloud: Cloud) -> None:
     parts = [bytes([number]) * 6 * 2**20 for number in range(5)]
     with connector_for(cloud.url, **cloud.options) as connector:
-        assert isinstance(connector, CloudConnector)
+        assert isinstance(connector, ObstoreConnector)
         upload = connector.begin_upload("x.bin")
         threads = [
             threading.Thread(target=upload.send, args=(number + 1, part))

@@ -1,374 +1,32 @@
 """Google Cloud Storage and Azure Blob Storage: `gs://bucket/prefix`, `az://container/prefix`.
 
-obstore does what it is best at: credentials and their refresh, listing, writing. Weights go through the native
-transport, by urls that obstore signs or by what a public bucket or a given token needs. Where nothing can sign, reads
-go through obstore in `threads` threads, which is logged and shows as `python` in the statistics.
+What each of them has of its own: how obstore is told of it, the urls that need none of obstore's signatures (public
+buckets, tokens, SAS), and, of Google, the CRC32C that it keeps of every object.
 """
 
 from __future__ import annotations
 
 import base64
-import contextlib
 import datetime
 import hashlib
 import hmac
-import json
 import logging
-import queue
-import re
-import threading
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, ClassVar, TypeVar
-from urllib.parse import quote, unquote, urlencode, urlsplit
+from typing import Any
+from urllib.parse import quote, urlencode
 
-from rdmaload.connectors.connector import FileInfo
-from rdmaload.connectors.http_client import Headers, HttpClient, shown_url
-from rdmaload.connectors.objects import ObjectConnector
-from rdmaload.connectors.proxies import Proxies
+from rdmaload.connectors.http_client import Headers, HttpClient
+from rdmaload.connectors.obstore import GOOD_SECONDS, URL_SECONDS, ObstoreConnector
 from rdmaload.connectors.store_digests import FileDigest, digest_of_headers
-from rdmaload.connectors.tls import check_tls_options, native_context
-from rdmaload.errors import (
-    AuthenticationError,
-    FormatError,
-    IntegrityError,
-    LoadTimeoutError,
-    NotFoundError,
-    NotSupportedError,
-    RdmaloadError,
-    UnavailableError,
-    UrlError,
-)
-from rdmaload.index import check_path
-from rdmaload.options import Options
-from rdmaload.urls import SECRET_TEXT, Url
+from rdmaload.errors import RdmaloadError
 
-__all__ = ["AzureConnector", "CloudConnector", "GcsConnector"]
+__all__ = ["AzureConnector", "GcsConnector"]
 
 _log = logging.getLogger("rdmaload")
 
-_Result = TypeVar("_Result")
 
-# A url is good for an hour and signed anew five minutes earlier, as for S3.
-_URL_SECONDS = 3600
-_GOOD_SECONDS = 3300.0
-_MAX_SMALL_BYTES = 64 * 2**20
-_WHOLE_DAY = datetime.timedelta(days=1)  # obstore's own limit of a whole request would cut slow transfers short
-_PARTS_AT_ONCE = 4
-_URLS = re.compile(r"https?://[^\s\"')]+")
-
-
-class CloudConnector(ObjectConnector):
-    """A model in a bucket that obstore reaches."""
-
-    default_options: ClassVar[Mapping[str, object]] = {"connections": 8, "threads": 4}
-    pins_versions = True
-    extra: ClassVar[str]
-    """What to install: the extra's name."""
-    place_name: ClassVar[str]
-    """What such a store calls a bucket."""
-
-    def __init__(self, url: Url, options: Options | None = None) -> None:
-        super().__init__(url, options)
-        if not url.host:
-            raise UrlError(
-                f"{self.url} names no {self.place_name}; write {url.scheme}://{self.place_name.upper()}/PREFIX",
-                url=self.url,
-            )
-        self._bucket = url.host
-        self._prefix = f"{url.model}/" if url.model else ""
-        endpoint = self.options.endpoint_url or ""
-        check_tls_options(
-            self.options, url=self.url, tls=not endpoint.startswith("http://"), write="endpoint_url=https://..."
-        )
-        for name in ("client_cert_file", "ca_dir", "server_name"):
-            if getattr(self.options, name) is not None:
-                raise NotSupportedError(f"{self.url}: obstore takes no {name}; give ca_file=", url=self.url)
-        self._config: dict[str, Any] = json.loads(self.options.storage_options or "{}")
-        self._password = self.options.read_password(url=self.url)
-        self._lock = threading.Lock()
-        self._made: Any = None  # Guarded by _lock.
-        self._proxies = Proxies()
-        self._etags: Mapping[str, str] = {}
-
-    @abstractmethod
-    def _new_store(self, config: dict[str, Any], **more: object) -> Any:
-        """obstore's object for the bucket."""
-
-    @abstractmethod
-    def _own_address(self, key: str) -> tuple[str, Headers, float | None] | None:
-        """A url that needs no signature of obstore's, its headers, for how many seconds; None where it does."""
-
-    def close(self) -> None:
-        """Give connections back. Idempotent."""
-        super().close()
-        with self._lock:
-            self._made = None
-
-    def _store(self) -> Any:
-        self._check_open()
-        with self._lock:
-            if self._made is None:
-                try:
-                    import obstore  # noqa: F401
-                except ImportError as err:
-                    raise NotSupportedError(
-                        f"{self.url} needs obstore: pip install 'rdmaload[{self.extra}]'", url=self.url
-                    ) from err
-                with self._translated("open"):
-                    self._made = self._new_store(
-                        dict(self._config), client_options=self._client_options(), retry_config=self._retries()
-                    )
-            return self._made
-
-    def _client_options(self) -> dict[str, object]:
-        options = self.options
-        found: dict[str, object] = {
-            "connect_timeout": datetime.timedelta(seconds=options.connect_timeout),
-            "read_timeout": datetime.timedelta(seconds=options.inactivity_timeout),
-            "timeout": _WHOLE_DAY,
-            "allow_http": (options.endpoint_url or "").startswith("http://"),
-            "allow_invalid_certificates": not options.verify_tls,
-            "user_agent": "rdmaload",
-        }
-        if options.ca_file is not None:
-            try:
-                found["root_certificate"] = Path(options.ca_file).read_bytes()
-            except OSError as err:
-                raise AuthenticationError(
-                    f"ca_file={options.ca_file} for {self.url} cannot be read: {err.strerror}", url=self.url
-                ) from err
-        return found
-
-    def _retries(self) -> dict[str, object]:
-        return {"max_retries": 10, "retry_timeout": datetime.timedelta(seconds=self.options.retry_timeout)}
-
-    # ---- reading ----
-
-    def native_transport(self) -> object | None:
-        from rdmaload import _core
-
-        try:
-            self._signed("rdmaload")  # any name will do
-        except RdmaloadError as err:
-            if self._closed:
-                raise
-            self.fallback_reason = f"weights are read through obstore, as no url could be signed: {err}"
-            _log.warning("%s: %s", self.url, self.fallback_reason)
-            return None
-        options = self.options
-        tls = None
-        with contextlib.suppress(NotSupportedError):  # without OpenSSL, http:// works all the same
-            tls = native_context(options, url=self.url)
-        transport: object = _core.HttpTransport(
-            self._address,
-            connections=self.connections,
-            connect_timeout=options.connect_timeout,
-            inactivity_timeout=options.inactivity_timeout,
-            stall_timeout=options.stall_timeout,
-            tls=tls,
-            name=self.url,
-        )
-        return transport
-
-    def _signed(self, key: str) -> tuple[str, Headers, float | None]:
-        """A url to read a key by, its headers, and for how many seconds."""
-        store = self._store()
-        found = self._own_address(key)
-        if found is not None:
-            return found
-        import obstore
-
-        # obstore leaves "%", "?" and "#" as they are in names of some stores: what it made of the name shows it.
-        for name in dict.fromkeys((key, quote(key, safe="/"))):
-            with self._translated("sign a url for", key.removeprefix(self._prefix)):
-                url: str = obstore.sign(store, "GET", name, datetime.timedelta(seconds=_URL_SECONDS))
-            if unquote(urlsplit(url).path).endswith(f"/{key}"):
-                return url, (), _GOOD_SECONDS
-        raise NotSupportedError(f"{self.url}: obstore signs no url for the name {key}", url=self.url, key=key)
-
-    def _address(self, path: str, refused: bool) -> tuple[str, list[tuple[str, str]], str, str, str, float | None]:
-        """Where the native transport finds a file; `refused` needs nothing more: every url is signed anew."""
-        url, headers, seconds = self._signed(self._key(path))
-        proxy, authorization = self._proxies.of(url)
-        return url, list(headers), self._etags.get(path, ""), proxy, authorization, seconds
-
-    def pin(self, etags: Mapping[str, str]) -> None:
-        self._etags = dict(etags)
-
-    def list_files(self) -> list[FileInfo]:
-        store = self._store()
-        import obstore
-
-        found: dict[str, FileInfo] = {}
-        with self._translated("list"):
-            for page in obstore.list(store, self._prefix.removesuffix("/") or None):
-                for entry in page:
-                    path = entry["path"][len(self._prefix) :]
-                    if path and not any(part.startswith(".") for part in path.split("/")[:-1]):
-                        found[path] = FileInfo(path, entry["size"], entry.get("e_tag"))
-        # An empty object that others lie "in" is what consoles show as a folder.
-        folders = {path.rpartition("/")[0] for path in found}
-        files = [info for path, info in sorted(found.items()) if info.size or path not in folders]
-        for info in files:
-            self._check(info.path)
-        if not files:
-            raise NotFoundError(f"there are no objects at {self.url}: check {self.place_name} and prefix", url=self.url)
-        return files
-
-    def read_into(self, path: str, offset: int, buffer: memoryview) -> int:
-        key = self._key(path)
-        view = buffer.cast("B")
-        if len(view) == 0:
-            return 0
-        store = self._store()
-        import obstore
-
-        options: dict[str, object] = {"range": (offset, offset + len(view))}
-        if path in self._etags:
-            options["if_match"] = self._etags[path]
-        try:
-            with self._translated("read", path):
-                data = memoryview(obstore.get(store, key, options=options).bytes())
-        except RdmaloadError as err:
-            if "status code: 416" in str(err.__cause__) or "range" in str(err.__cause__).lower():
-                return self._behind_the_end(store, path, key, offset, err)
-            raise
-        view[: len(data)] = data
-        return len(data)
-
-    def _behind_the_end(self, store: Any, path: str, key: str, offset: int, err: RdmaloadError) -> int:
-        import obstore
-
-        with self._translated("read", path):
-            size = obstore.head(store, key)["size"]
-        if offset < size:
-            raise err
-        return 0
-
-    def read_small(self, path: str) -> bytes | None:
-        key = self._key(path)
-        store = self._store()
-        import obstore
-
-        try:
-            with self._translated("read", path):
-                result = obstore.get(store, key)
-                if result.meta["size"] > _MAX_SMALL_BYTES:
-                    raise FormatError(
-                        f"{path} in {self.url} has more than {_MAX_SMALL_BYTES} bytes", url=self.url, key=path
-                    )
-                return bytes(result.bytes())
-        except NotFoundError:
-            return None
-
-    # ---- writing ----
-
-    def put(self, path: str, data: bytes | bytearray) -> str:
-        key = self._key(path)
-        store = self._store()
-        import obstore
-
-        with self._translated("write", path):
-            return str(obstore.put(store, key, bytes(data), use_multipart=False)["e_tag"])
-
-    def begin_upload(self, path: str) -> _Upload:
-        key = self._key(path)
-        store = self._store()
-        import obstore
-
-        def put(parts: Iterator[bytes], part_bytes: int) -> str:
-            with self._translated("write", path):
-                result = obstore.put(
-                    store, key, parts, use_multipart=True, chunk_size=part_bytes, max_concurrency=_PARTS_AT_ONCE
-                )
-                return str(result["e_tag"])
-
-        return _Upload(put)
-
-    def delete(self, path: str) -> bool:
-        key = self._key(path)
-        store = self._store()
-        import obstore
-
-        try:
-            with self._translated("remove", path):
-                obstore.head(store, key)  # a store does not say whether there was one
-                obstore.delete(store, key)
-        except NotFoundError:
-            return False
-        return True
-
-    # ---- names and errors ----
-
-    def _key(self, path: str) -> str:
-        self._check_open()
-        self._check(path)
-        return self._prefix + path
-
-    def _check(self, path: str) -> None:
-        try:
-            check_path(path)
-        except FormatError as err:
-            raise FormatError(
-                f"an object at {self.url} cannot be part of a model: {err}", url=self.url, key=path
-            ) from err
-
-    @contextlib.contextmanager
-    def _translated(self, verb: str, path: str | None = None) -> Iterator[None]:
-        try:
-            yield
-        except (RdmaloadError, AssertionError):
-            raise
-        except Exception as err:
-            raise self._meaning(err, verb, path) from err
-
-    def _meaning(self, err: Exception, verb: str, path: str | None) -> RdmaloadError:
-        from obstore import exceptions as theirs
-
-        place = f"{path} in {self.url}" if path else self.url
-        text = self._safe(str(err).partition("\n")[0])
-        found = re.search(r"status code: (\d{3})", str(err))
-        status = int(found[1]) if found else 0
-        kind: type[RdmaloadError] = RdmaloadError
-        hint = ""
-        if isinstance(err, FileNotFoundError) or status == 404:
-            kind = NotFoundError
-            hint = f"check {self.place_name} and prefix" if path is None else ""
-        elif isinstance(err, (theirs.PermissionDeniedError, theirs.UnauthenticatedError)) or status in (401, 403):
-            kind, hint = AuthenticationError, "check the credentials and what they may do"
-        elif re.search(r"credential|token|[Ss]ervice[ _]?[Aa]ccount|private key|decode key|signBlob|SAS", text):
-            kind = AuthenticationError
-            hint = f"give credentials ({self._how_to_log_in()}), or unsigned=true for what is public"
-        elif isinstance(err, theirs.PreconditionError) or status == 412:
-            kind, hint = IntegrityError, "it was replaced after the model was opened: open it again"
-        elif isinstance(err, (theirs.UnknownConfigurationKeyError, TypeError, ValueError)):
-            kind, hint = UrlError, "correct the url or storage_options"
-        elif isinstance(err, (theirs.NotSupportedError, NotImplementedError)):
-            kind = NotSupportedError
-        elif "timed out" in str(err) or "Timeout" in str(err):
-            kind = LoadTimeoutError
-        elif status >= 500 or status in (408, 429) or "error sending request" in text or "connect" in text.lower():
-            kind = UnavailableError
-        message = f"cannot {verb} {place}: {text}" + (f". {hint[0].upper()}{hint[1:]}" if hint else "")
-        return kind(message, url=self.url, key=path)
-
-    @abstractmethod
-    def _how_to_log_in(self) -> str:
-        """Where credentials come from."""
-
-    def _safe(self, text: str) -> str:
-        """The library's words without the queries of urls and without what we gave it."""
-        text = _URLS.sub(lambda found: shown_url(found[0]), text)
-        for value in (self._password, *self._config.values()):
-            if isinstance(value, str) and len(value) > 7:
-                text = text.replace(value, SECRET_TEXT)
-        return text
-
-
-class GcsConnector(CloudConnector):
+class GcsConnector(ObstoreConnector):
     """A model in Google Cloud Storage: `gs://bucket/prefix`.
 
     >>> from rdmaload.urls import parse_url
@@ -428,7 +86,7 @@ class GcsConnector(CloudConnector):
         return "GOOGLE_APPLICATION_CREDENTIALS, password_env=NAME of a token, storage_options"
 
 
-class AzureConnector(CloudConnector):
+class AzureConnector(ObstoreConnector):
     """A model in Azure Blob Storage: `az://container/prefix`; the account is `username`, its key the password.
 
     >>> from rdmaload.urls import parse_url
@@ -466,7 +124,7 @@ class AzureConnector(CloudConnector):
             return None
         with self._translated("sign a url for", key):
             # obstore would sign the name as it is written in the url, where the service wants it as it is.
-            return f"{url}?{_shared_access(account, str(secret), f'{self._bucket}/{key}')}", (), _GOOD_SECONDS
+            return f"{url}?{_shared_access(account, str(secret), f'{self._bucket}/{key}')}", (), GOOD_SECONDS
 
     def _how_to_log_in(self) -> str:
         return "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, username= and password_env=, storage_options"
@@ -477,93 +135,10 @@ def _shared_access(account: str, secret: str, name: str) -> str:
 
     https://learn.microsoft.com/rest/api/storageservices/create-service-sas
     """
-    end = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=_URL_SECONDS)
+    end = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=URL_SECONDS)
     fields = {"sp": "r", "se": end.strftime("%Y-%m-%dT%H:%M:%SZ"), "sv": "2022-11-02", "sr": "b"}
     # Permissions, start, end, resource, policy, addresses, protocol, version, kind, and seven that we do not use.
     parts = [fields["sp"], "", fields["se"], f"/blob/{account}/{name}", "", "", "", fields["sv"], fields["sr"]]
     text = "\n".join([*parts, *[""] * 7])
     digest = hmac.new(base64.b64decode(secret), text.encode(), hashlib.sha256).digest()
     return urlencode({**fields, "sig": base64.b64encode(digest).decode()})
-
-
-class _Upload:
-    """A file on its way in parts, which obstore takes in their order from a thread that waits for them.
-
-    A part that comes early waits for those before it; they are begun in their order, so that somebody has the next.
-    """
-
-    resume_token = ""  # obstore keeps uploads to itself
-
-    def __init__(self, put: Callable[[Iterator[bytes], int], str]) -> None:
-        self._put = put
-        self._turn = threading.Condition()
-        self._next = 1  # Guarded by _turn, as are the next two.
-        self._aborted = False
-        self._failure: BaseException | None = None
-        self._parts: queue.Queue[bytes | None] = queue.Queue(maxsize=1)
-        self._thread: threading.Thread | None = None
-        self._etag = ""
-
-    def send(self, number: int, data: bytes | bytearray) -> bool:
-        with self._turn:
-            self._turn.wait_for(lambda: self._next == number or self._aborted or self._failure is not None)
-            if self._aborted:  # the reason is told by whom it happened to
-                return True
-            if self._thread is None and self._failure is None:
-                self._thread = threading.Thread(target=self._run, args=(len(data),), name="rdmaload-upload")
-                self._thread.start()
-        self._give(bytes(data))
-        with self._turn:
-            self._next += 1
-            self._turn.notify_all()
-        return True
-
-    def finish(self) -> str:
-        self._give(None)
-        if self._thread is None:
-            raise ValueError("an upload without parts")
-        self._thread.join()
-        if self._failure is not None:
-            raise self._failure
-        return self._etag
-
-    def interrupt(self) -> None:
-        with self._turn:
-            self._aborted = True
-            self._turn.notify_all()
-
-    def abort(self) -> None:
-        self.interrupt()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _give(self, part: bytes | None) -> None:
-        while True:
-            with self._turn:
-                if self._failure is not None:
-                    raise self._failure
-                if self._aborted:
-                    return
-            with contextlib.suppress(queue.Full):
-                self._parts.put(part, timeout=0.1)
-                return
-
-    def _taken(self) -> Iterator[bytes]:
-        while True:
-            try:
-                part = self._parts.get(timeout=0.1)
-            except queue.Empty:
-                if self._aborted:
-                    raise ConnectionAbortedError("the upload was aborted") from None
-                continue
-            if part is None:
-                return
-            yield part
-
-    def _run(self, part_bytes: int) -> None:
-        try:
-            self._etag = self._put(self._taken(), part_bytes)
-        except BaseException as failure:  # raised where the parts come from
-            with self._turn:
-                self._failure = failure
-                self._turn.notify_all()
