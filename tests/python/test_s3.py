@@ -579,6 +579,25 @@ def test_a_small_call_goes_on_when_the_store_comes_back(tiny_checkpoint: Checkpo
     assert left == 0
 
 
+def test_small_calls_that_are_sent_again_are_counted() -> None:
+    left = 3
+
+    def busy(request: Request, honest: Reply) -> Reply:
+        nonlocal left
+        if left == 0:
+            return Reply(200, {"ETag": '"x"'})
+        left -= 1
+        return Reply(503, {}, b"<Error><Code>SlowDown</Code><Message>later</Message></Error>")
+
+    with HttpObjects({}, busy) as server, connector_for(bent_url(server)) as connector:
+        assert isinstance(connector, S3Connector)
+        connector.put("config.json", b"{}")
+        assert connector.retries == 3  # which SaveStats.retries is
+        assert len(server.requests) == 4
+        connector.put("config.json", b"{}")
+        assert connector.retries == 3
+
+
 def test_keys_of_the_environment_and_of_profiles_are_used_and_the_environment_stays(
     tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

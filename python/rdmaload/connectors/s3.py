@@ -124,9 +124,6 @@ class S3Connector(ObjectConnector):
                     self._made = self._new_client()
             return self._made
 
-    def _note_retries(self, parsed: Any, **_: object) -> None:
-        self._count_retries(int(parsed.get("ResponseMetadata", {}).get("RetryAttempts", 0)))
-
     def _new_client(self) -> Any:
         from botocore.utils import get_environ_proxies
 
@@ -140,7 +137,6 @@ class S3Connector(ObjectConnector):
             client = clients.in_region(clients.region or "us-east-1")
             if clients.region is None and options.endpoint_url is None:
                 client = self._in_region_of_bucket(client, clients)
-        client.meta.events.register("after-call.s3", self._note_retries)
         self._proxies = get_environ_proxies(client.meta.endpoint_url) or {}
         self._tls = None if tls is None else tls.result()
         return client
@@ -424,6 +420,7 @@ class S3Connector(ObjectConnector):
                 limit = limit if self._has_answered else min(limit, self.options.connect_timeout)
                 if time.monotonic() + pause - begin > limit or self._closing.wait(pause):
                     raise error from error.__cause__
+                self._count_retries()
         raise AssertionError("unreachable")
 
     def _pages(self, operation: str, verb: str, **asked: object) -> Iterator[Mapping[str, Any]]:
