@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import rdmaload
-from rdmaload.connectors import FileConnector, connector_for
+from rdmaload.connectors import FileConnector, connector_for, http_client
 from rdmaload.connectors.http_listing import listed_directory, listed_files, weight_index_files
 from rdmaload.errors import (
     AuthenticationError,
@@ -24,6 +25,7 @@ from rdmaload.errors import (
     UnavailableError,
     UrlError,
 )
+from rdmaload.options import Options
 from rdmaload.stats import LoadStats
 from tests.support.certificates import Authority
 from tests.support.checkpoints import Checkpoint
@@ -278,6 +280,31 @@ def test_the_query_belongs_to_the_server_and_is_a_secret(served: HttpObjects, ti
     with pytest.raises(NotFoundError) as caught:
         rdmaload.load(url.replace("/m?", "/none?"))
     assert "hush" not in str(caught.value) + str(caught.value.url)
+
+
+def test_authorities_are_read_where_a_server_speaks_tls_also_behind_a_redirect(
+    served: HttpObjects, tiny_checkpoint: Checkpoint, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    python_context = http_client.python_context
+
+    def counted(options: Options, *, url: str) -> ssl.SSLContext:
+        made.append(url)
+        return python_context(options, url=url)
+
+    monkeypatch.setattr(http_client, "python_context", counted)
+    rdmaload.open(f"{served.endpoint}/m").close()
+    assert made == []
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.ca_file))
+    objects = objects_of(tiny_checkpoint)
+    with HttpObjects(objects, apache_pages(objects), tls=authority.issue()) as secured:
+
+        def redirects(request: Request, honest: Reply) -> Reply:
+            return Reply(302, {"Location": f"{secured.endpoint.replace('http:', 'https:')}{request.target}"})
+
+        with HttpObjects({}, redirects) as front:
+            assert_loaded(rdmaload.load(f"{front.endpoint}/m"), tiny_checkpoint)
+    assert len(made) == 1
 
 
 def test_a_redirect_is_followed_without_the_credentials(served: HttpObjects, tiny_checkpoint: Checkpoint) -> None:

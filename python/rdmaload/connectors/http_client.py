@@ -109,7 +109,7 @@ class HttpClient:
         self._connections = connections
         self._closing = threading.Event()
         self._lock = threading.Lock()
-        self._pools: dict[tuple[str, str], PoolManager] = {}  # Guarded by _lock; by proxy.
+        self._pools: dict[tuple[bool, str, str], PoolManager] = {}  # Guarded by _lock; by TLS and proxy.
         self._has_answered = False
         self.proxies = Proxies()
 
@@ -242,27 +242,26 @@ class HttpClient:
     def _pool(self, url: str) -> PoolManager:
         import urllib3
 
-        proxy = self.proxies.of(url)
+        tls = urlsplit(url).scheme == "https"
+        address, authorization = self.proxies.of(url)
         with self._lock:
             if self._closing.is_set():
                 raise UnavailableError(f"the connector for {self._url} is closed: open another", url=self._url)
-            pool = self._pools.get(proxy)
+            pool = self._pools.get((tls, address, authorization))
             if pool is None:
-                context = python_context(self._options, url=self._url)
-                name: dict[str, Any] = (
-                    {"server_hostname": self._options.server_name} if self._options.server_name else {}
-                )
-                address, authorization = proxy
+                more: dict[str, Any] = {}
+                if tls:  # to read the system's authorities takes longer than all other work for a small model
+                    more["ssl_context"] = python_context(self._options, url=self._url)
+                    if self._options.server_name:
+                        more["server_hostname"] = self._options.server_name
                 if address:
                     sent = {"Proxy-Authorization": authorization} if authorization else {}
-                    pool = urllib3.ProxyManager(
-                        address, proxy_headers=sent, maxsize=self._connections, ssl_context=context, **name
-                    )
+                    pool = urllib3.ProxyManager(address, proxy_headers=sent, maxsize=self._connections, **more)
                 else:
-                    pool = urllib3.PoolManager(maxsize=self._connections, ssl_context=context, **name)
+                    pool = urllib3.PoolManager(maxsize=self._connections, **more)
                 if not self._options.verify_tls:
                     pool.pool_classes_by_scheme = {**pool.pool_classes_by_scheme, "https": _unwarned_pool()}
-                self._pools[proxy] = pool
+                self._pools[tls, address, authorization] = pool
             return pool
 
 
