@@ -88,7 +88,11 @@ struct End {
     channel.open(*region, 0, static_cast<uint32_t>(window.size()), Deadline::after(kLong), kNever);
   }
   void collect(std::chrono::milliseconds time) {
+    take();  // it may have come while the connection was opened, and turn() throws when the peer has gone
     channel.turn(time);
+    take();
+  }
+  void take() {
     stream.insert(stream.end(), window.begin() + static_cast<ptrdiff_t>(taken),
                   window.begin() + static_cast<ptrdiff_t>(channel.received()));
     taken = channel.received();
