@@ -145,7 +145,8 @@ class QueuePair {
   virtual std::string peer_address() const = 0;  // "10.0.0.5:41234", for CLIENT LIST and logs
 };
 
-// Waits until a started queue pair is established. Throws kUnavailable, kTimeout, kCancelled.
+// Waits until a started queue pair is established. Throws kUnavailable, kTimeout, kCancelled. Giving up waits
+// for the peer's answer, too, a second at most: a peer may not bear one that asks and is gone.
 void establish(QueuePair& queue_pair, Deadline deadline, const GiveUp& give_up);
 
 class Listener {

@@ -4,6 +4,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <functional>
 #include <random>
@@ -515,6 +516,33 @@ TEST_CASE("opening has its deadline") {
     network.set([](auto& faults) { faults.no_device = true; });
     CHECK(code_of([&] { open(soon, kNever); }) == ErrorCode::kNotSupported);
   }
+}
+
+TEST_CASE("who gives up while connecting takes the answer first") {
+  FakeNetwork network;
+  Bytes window(4096);
+  const auto listener = network.listen("fake", 7, false);
+  std::atomic<bool> left = false;
+  std::thread client([&] {
+    auto queue_pair = network.resolve({"fake", 7, "", nullptr}, Deadline::never(), kNever);
+    const auto region = queue_pair->domain()->register_memory(window, Access::kRemoteWrite);
+    Channel channel(std::move(queue_pair), {});
+    try {
+      channel.open(*region, 0, 4096, Deadline::never(), [] { return true; });
+    } catch (const Error&) {  // cancelled, or it saw the server go
+    }
+    left = true;
+  });
+  std::unique_ptr<QueuePair> asked;
+  const auto until = Clock::now() + std::chrono::seconds(10);
+  while (asked == nullptr && Clock::now() < until) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(30));  // a server that is busy
+    asked = listener->accept();
+  }
+  CHECK_FALSE(left);
+  if (asked != nullptr) asked->start();
+  client.join();
+  CHECK(asked != nullptr);
 }
 
 TEST_CASE("a client and a server on threads of their own") {
