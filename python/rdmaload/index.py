@@ -66,6 +66,8 @@ _MAGIC = b"RDMALOAD"
 _VERSION = 1
 _PREFIX = struct.Struct("<8sII")
 _HEADER_LENGTH = struct.Struct("<Q")
+# Read at once with the length in front: most headers are shorter, and a request costs more than this many bytes.
+_FIRST_READ_BYTES = 64 << 10
 _SHARD_NAME = re.compile(r"model-rank-(0|[1-9][0-9]{0,8})-part-[0-9]+\.safetensors", re.ASCII)
 
 _ETAG = re.compile(r"[!-~]{1,1024}", re.ASCII)
@@ -295,7 +297,8 @@ def index_of_files(connector: FileConnector) -> Index:
 
     def read_header(path: str) -> bytes:
         size = sizes[path]
-        length = _HEADER_LENGTH.unpack(read(path, 0, 8))[0] if size >= 8 else 0
+        first = read(path, 0, min(size, _FIRST_READ_BYTES))
+        length = _HEADER_LENGTH.unpack_from(first)[0] if size >= 8 else 0
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise FormatError(
                 f"{path} at {connector.url} is no safetensors file: a header of {length} "
@@ -303,7 +306,8 @@ def index_of_files(connector: FileConnector) -> Index:
                 url=connector.url,
                 key=path,
             )
-        return read(path, 8, length)
+        header = first[8 : 8 + length]
+        return header if len(header) == length else header + read(path, len(first), length - len(header))
 
     def read_index(path: str) -> bytes:
         return read(path, 0, min(sizes[path], MAX_WEIGHT_INDEX_BYTES + 1))

@@ -310,6 +310,27 @@ def test_the_index_of_a_directory(tmp_path: Path) -> None:
     assert (index.chunk_bytes, index.crcs, index.total_chunks) == (None, b"", 0)
 
 
+@pytest.mark.parametrize("header_bytes", [len(HEADER), 65527, 65528, 65529, 200_000])
+def test_a_header_of_any_length_takes_one_read_or_two(
+    tmp_path: Path, header_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = HEADER + b" " * (header_bytes - len(HEADER))
+    (tmp_path / "model.safetensors").write_bytes(safetensors(header=header))
+    with connector_for(tmp_path) as connector:
+        assert isinstance(connector, FileConnector)
+        reads = []
+        read_into = connector.read_into
+
+        def counted(path: str, offset: int, into: memoryview) -> int:
+            reads.append((offset, len(into)))
+            return read_into(path, offset, into)
+
+        monkeypatch.setattr(connector, "read_into", counted)
+        assert index_of_files(connector).files[0].header == header
+    assert len(reads) == (1 if header_bytes <= 65536 - 8 else 2)
+    assert sum(length for _, length in reads) <= max(65536, 8 + header_bytes)
+
+
 def test_shards_of_a_directory_get_their_rank_only_all_together(tmp_path: Path) -> None:
     for rank, part in ((0, 0), (0, 1), (10, 0)):
         (tmp_path / f"model-rank-{rank}-part-{part}.safetensors").write_bytes(safetensors())
