@@ -7,6 +7,7 @@ comparison brought in are counted: a contender that has not read what it returne
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -14,12 +15,13 @@ import json
 import mmap
 import os
 import resource
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy
 
@@ -31,6 +33,8 @@ __all__ = ["LAZY_BYTES", "LAZY_FRACTION", "main", "measured", "touched_late"]
 LAZY_FRACTION = 0.02
 LAZY_BYTES = 16 << 20
 """More than both together brought in by whoever looks at the tensors means that they were not read."""
+
+_PR_SET_PDEATHSIG = 1
 
 
 def _cpu_seconds(who: int) -> float:
@@ -55,6 +59,16 @@ def _pointer(tensor: Any) -> Any:
     return ctypes.cast(tensor.data_ptr(), ctypes.POINTER(ctypes.c_uint8))
 
 
+def _looked_at(state: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """What became of the bytes: how many had not been read, and the first that is wrong."""
+    answer: dict[str, Any] = {"late_bytes": touched_late(state), "wrong": None}
+    try:
+        checkpoints.compare(state, directory)
+    except checkpoints.Mismatch as mismatch:
+        answer["wrong"] = str(mismatch)
+    return answer
+
+
 def measured(adaptor: Adaptor, place: Place, directory: Path | None, server: int | None) -> dict[str, Any]:
     """One timed run, and what became of the bytes. Without a directory there is nothing to compare."""
     load = adaptor.ready(place)
@@ -67,64 +81,72 @@ def measured(adaptor: Adaptor, place: Place, directory: Path | None, server: int
         "cpu_seconds": _cpu_seconds(resource.RUSAGE_SELF) - cpu,
         "server_cpu_seconds": None if server is None else machine.cpu_seconds(server) - server_before,
         "peak_bytes": paired.peak_bytes(),
-        "late_bytes": 0,
-        "wrong": None,
     }
-    if directory is not None:
-        answer["late_bytes"] = touched_late(state)
-        try:
-            checkpoints.compare(state, directory)
-        except checkpoints.Mismatch as mismatch:
-            answer["wrong"] = str(mismatch)
-    return answer
+    return {**answer, **({"late_bytes": 0, "wrong": None} if directory is None else _looked_at(state, directory))}
 
 
-def _together(count: int, adaptor: Adaptor, place: Place, server: int | None) -> dict[str, Any]:
-    """`count` processes that begin at once; the time until the last has all of its tensors."""
-    gate, opened = os.pipe()
-    answers = []
-    for _ in range(count):
+def _reader(adaptor: Adaptor, place: Place, directory: Path, start: int, loaded: int, pipe: IO[str]) -> None:
+    """One of several readers: loads when `start` opens; compares when `loaded` does, after the last has loaded."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a run that failed or hangs leaves nobody behind
+    load = adaptor.ready(place)
+    os.read(start, 1)  # ends when the last writer closes it
+    cpu = _cpu_seconds(resource.RUSAGE_SELF)
+    state = load()
+    done = time.perf_counter()
+    cpu = _cpu_seconds(resource.RUSAGE_SELF) - cpu
+    print(json.dumps({"done": done, "cpu": cpu, "peak": paired.peak_bytes()}), file=pipe, flush=True)
+    os.read(loaded, 1)
+    print(json.dumps(_looked_at(state, directory)), file=pipe, flush=True)
+
+
+def _answers(pipes: Sequence[IO[str]]) -> list[dict[str, Any]]:
+    """A line of every reader."""
+    found = [json.loads(pipe.readline() or "{}") for pipe in pipes]
+    if not all(found):
+        raise paired.TrialFailed(f"{sum(not one for one in found)} of {len(found)} readers died")
+    return found
+
+
+def _together(count: int, adaptor: Adaptor, place: Place, directory: Path, server: int | None) -> dict[str, Any]:
+    """`count` processes that begin at once; the time until the last has all of its tensors, which each compares."""
+    start, opens_start = os.pipe()
+    loaded, opens_loaded = os.pipe()
+
+    def fork() -> int:
         reader, writer = os.pipe()
         if os.fork() == 0:
             status = 1
             try:
-                os.close(opened)
-                os.close(reader)
-                load = adaptor.ready(place)
-                os.read(gate, 1)  # ends when the last writer closes it
-                cpu = _cpu_seconds(resource.RUSAGE_SELF)
-                state = load()
-                done = time.perf_counter()
-                cpu = _cpu_seconds(resource.RUSAGE_SELF) - cpu
-                answer = {"done": done, "cpu": cpu, "peak": paired.peak_bytes(), "late": touched_late(state)}
-                os.write(writer, json.dumps(answer).encode())
+                os.close(opens_start)
+                os.close(opens_loaded)
+                with open(writer, "w") as pipe:
+                    _reader(adaptor, place, directory, start, loaded, pipe)
                 status = 0
             finally:
                 if status:
                     traceback.print_exc()
                 os._exit(status)
         os.close(writer)
-        answers.append(reader)
-    server_before = 0.0 if server is None else machine.cpu_seconds(server)
-    time.sleep(0.2)  # all of them stand at the gate
-    start = time.perf_counter()
-    os.close(gate)
-    os.close(opened)
-    found = []
-    for reader in answers:
-        with open(reader) as pipe:
-            found.append(json.loads(pipe.read() or "{}"))
-    for _ in range(count):
-        os.wait()
-    if not all(found):
-        raise paired.TrialFailed(f"{sum(not one for one in found)} of {count} readers died")
+        return reader
+
+    with contextlib.ExitStack() as stack:
+        pipes = [stack.enter_context(open(fork())) for _ in range(count)]
+        server_before = 0.0 if server is None else machine.cpu_seconds(server)
+        time.sleep(0.2)  # all of them stand at the gate
+        begin = time.perf_counter()
+        os.close(opens_start)
+        found = _answers(pipes)
+        server_after = 0.0 if server is None else machine.cpu_seconds(server)
+        os.close(opens_loaded)  # nobody loads any more
+        looked = _answers(pipes)
+    wrong = [f"reader {number}: {one['wrong']}" for number, one in enumerate(looked, 1) if one["wrong"]]
     return {
-        "seconds": max(one["done"] for one in found) - start,
+        "seconds": max(one["done"] for one in found) - begin,
         "cpu_seconds": sum(one["cpu"] for one in found),
-        "server_cpu_seconds": None if server is None else machine.cpu_seconds(server) - server_before,
+        "server_cpu_seconds": None if server is None else server_after - server_before,
         "peak_bytes": sum(one["peak"] for one in found),
-        "late_bytes": max(one["late"] for one in found),
-        "wrong": None,  # of readers at once no bytes are compared: other regions do that
+        "late_bytes": max(one["late_bytes"] for one in looked),
+        "wrong": wrong[0] if wrong else None,
     }
 
 
@@ -143,7 +165,9 @@ def main() -> None:
         directory = Path(place.directory) if asked["compare"] else None
         try:
             if asked["readers"] > 1:
-                work = functools.partial(_together, asked["readers"], adaptor, place, asked["server"])
+                work = functools.partial(
+                    _together, asked["readers"], adaptor, place, Path(place.directory), asked["server"]
+                )
             else:
                 work = functools.partial(measured, adaptor, place, directory, asked["server"])
             answer = paired.in_child(work, asked["limit"])

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ sys.path.insert(0, {root!r})
 from benchmarks import checkpoints
 from benchmarks.compare import adaptors, worker
 
-if sys.argv[1] in ("ours", "theirs", "wrong", "mapped", "fewer"):
+if sys.argv[1] in ("ours", "theirs", "wrong", "mapped", "fewer", "one wrong", "in turn"):
     import torch
     from safetensors.torch import load_file
 
@@ -41,6 +42,22 @@ def wrong(place):
     state["b"].view(torch.uint8)[-1] ^= 1
     return state
 
+def among_readers(place):  # how many were before
+    for number in range(100):
+        try:
+            open(f"{{place.directory}}/reader {{number}}", "x").close()
+            return number
+        except FileExistsError:
+            pass
+
+def one_wrong(place):
+    return wrong(place) if among_readers(place) == 1 else owned(place)
+
+def in_turn(place):
+    import time
+    time.sleep(0.3 * among_readers(place))
+    return owned(place)
+
 def mapped(place):
     return load_file(checkpoints.weight_files(place.directory)[0])
 
@@ -52,7 +69,9 @@ def raises(place):
     raise OSError("no such store")
 
 def slow(place):
-    import time
+    import os, time
+    with open({log!r}, "a") as log:
+        log.write(f"{{os.getpid()}}\\n")
     time.sleep(60)
 
 def fewer(place):
@@ -60,7 +79,15 @@ def fewer(place):
     del state["a"]
     return state
 
+compare = checkpoints.compare
+def compare_and_note(state, directory):
+    with open({log!r}, "a") as log:
+        log.write("compared\\n")
+    return compare(state, directory)
+checkpoints.compare = compare_and_note
+
 ways = dict(ours=owned, theirs=owned, wrong=wrong, mapped=mapped, dies=dies, raises=raises, slow=slow, fewer=fewer)
+ways.update({{"one wrong": one_wrong, "in turn": in_turn}})
 adaptors.ADAPTORS.update({{name: adaptors.Adaptor((), way) for name, way in ways.items()}})
 if sys.argv[1] == "gone":
     sys.exit("cannot import name gone")
@@ -92,7 +119,7 @@ def test_pairs_run_in_turns_and_the_first_changes(contender: Any, tmp_path: Path
         contender("ours"), [contender("theirs")], TASK, 3, keep=lambda so_far: kept.append(json.dumps(so_far))
     )
     assert kept == [json.dumps(found)]  # a run that is cut short after it loses nothing
-    ran = (tmp_path / "log").read_text().split()
+    ran = [line for line in (tmp_path / "log").read_text().split() if line != "compared"]
     assert ran[:2] == ["ours", "theirs"]  # each once, before time counts
     assert ran[2:] == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
     result = found["against"]["theirs"]
@@ -127,13 +154,20 @@ def test_no_claim_is_made_when_ours_is_wrong(contender: Any) -> None:
         harness.compare(contender("wrong"), [contender("theirs")], TASK, 1)
 
 
-def test_a_run_that_hangs_is_ended(contender: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("readers", [1, 3])
+def test_a_run_that_hangs_is_ended_and_leaves_nobody(
+    readers: int, contender: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(harness, "RUN_SECONDS", 1.0)
-    with (
-        contextlib.closing(harness.Runner(contender("slow"))) as runner,
-        pytest.raises(harness.Failed, match=r"slow: .*took more than 1 seconds"),
-    ):
-        harness.one(runner, TASK)
+    with contextlib.closing(harness.Runner(contender("slow"))) as runner:
+        with pytest.raises(harness.Failed, match=r"slow: .*took more than 1 seconds"):
+            harness.one(runner, harness.Task("task", readers * BYTES, readers))
+        ran = (tmp_path / "log").read_text().split()
+        assert len(ran) == readers
+        deadline = time.monotonic() + 10
+        while any(Path("/proc", pid).exists() for pid in ran):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_several_readers_begin_together_and_one_that_dies_is_noticed(contender: Any, tmp_path: Path) -> None:
@@ -144,6 +178,20 @@ def test_several_readers_begin_together_and_one_that_dies_is_noticed(contender: 
     assert found["theirs"]["theirs"]["peak_bytes"] > 3 * BYTES
     assert found["theirs"]["pairs"] == 1  # the time was over: the result says how many there were
     assert "3 of 3 readers died" in found["dies"]["failed"]
+
+
+def test_every_reader_compares_every_byte_after_the_last_has_loaded(contender: Any, tmp_path: Path) -> None:
+    task = harness.Task("task", 3 * BYTES, readers=3)
+    with contextlib.closing(harness.Runner(contender("in turn"))) as runner:
+        assert harness.one(runner, task)["seconds"] > 0.6
+    assert (tmp_path / "log").read_text().splitlines() == ["in turn"] * 3 + ["compared"] * 3
+    for marker in (tmp_path / "plain").glob("reader *"):
+        marker.unlink()
+    with (
+        contextlib.closing(harness.Runner(contender("one wrong"))) as runner,
+        pytest.raises(harness.Failed, match=r"one wrong: WRONG BYTES: reader [123]: b: other bytes"),
+    ):
+        harness.one(runner, task)
 
 
 def test_the_interval_holds_the_median_and_narrows_with_agreement() -> None:
