@@ -140,7 +140,7 @@ def measure(
             root / "plain", shapes(region, total), files={"files": 64, "one": 1}.get(region, 4)
         )
         found = stack.enter_context(scene(source, region, cache, checkpoint, root))
-        own = harness.Contender(ours, Path(sys.executable), found.place, found.pid, compares=region != "save")
+        own = harness.Contender(ours, Path(sys.executable), found.place, found.pid)
         task = harness.Task(f"{source}, {region}, {cache}", checkpoint.bytes * readers, readers, found.prepare)
         contenders = []
         for name, environment in others.items():

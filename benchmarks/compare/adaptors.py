@@ -53,6 +53,8 @@ class Adaptor:
     imports: tuple[str, ...]
     run: Callable[[Place], Mapping[str, Any]] | None = None
     save: Callable[[Place, Mapping[str, Any]], Mapping[str, Any]] | None = None
+    saved: Callable[[Place], Mapping[str, Any]] | None = None
+    """Reads back, untimed, what `save` saved."""
 
     made: Callable[[Place], Callable[[], Mapping[str, Any]]] | None = None
     """Gives what is timed, for one whose client has to be there already."""
@@ -297,6 +299,12 @@ def save_rdmaload(place: Place, state: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}
 
 
+def saved_rdmaload(place: Place) -> Mapping[str, Any]:
+    import rdmaload
+
+    return rdmaload.load(place.target)
+
+
 def save_sglang(place: Place, state: Mapping[str, Any]) -> Mapping[str, Any]:
     """SGLang's connector has no save of its own: its `set` of each tensor, as its example of saving does."""
     with _sglang_connector(place, True) as connector:
@@ -311,6 +319,12 @@ def save_safetensors(place: Place, state: Mapping[str, Any]) -> Mapping[str, Any
     os.makedirs(place.target, exist_ok=True)
     save_file(dict(state), f"{place.target}/model.safetensors")
     return {}
+
+
+def saved_safetensors(place: Place) -> Mapping[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(f"{place.target}/model.safetensors")
 
 
 _TORCH_ONES = ("torch", "numpy", "safetensors.torch")
@@ -333,7 +347,7 @@ ADAPTORS: dict[str, Adaptor] = {
     "SGLang's connector, hiredis": Adaptor(("redis", "hiredis", *_TORCH_ONES), sglang(True)),
     "LMCache's Redis client": Adaptor(("lmcache.lmcache_redis", *_TORCH_ONES), lmcache),
     "Mooncake Store, TCP": Adaptor(("mooncake.store", *_TORCH_ONES), made=mooncake),
-    "rdmaload, save": Adaptor(("rdmaload", *_TORCH_ONES), save=save_rdmaload),
-    "SGLang's connector, set": Adaptor(("redis", "hiredis", *_TORCH_ONES), save=save_sglang),
-    "safetensors, save_file": Adaptor(_TORCH_ONES, save=save_safetensors),
+    "rdmaload, save": Adaptor(("rdmaload", *_TORCH_ONES), save=save_rdmaload, saved=saved_rdmaload),
+    "SGLang's connector, set": Adaptor(("redis", "hiredis", *_TORCH_ONES), save=save_sglang, saved=sglang(True)),
+    "safetensors, save_file": Adaptor(_TORCH_ONES, save=save_safetensors, saved=saved_safetensors),
 }

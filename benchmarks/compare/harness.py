@@ -45,8 +45,6 @@ class Contender:
     place: Place
     server: int | None = None
     """The process id of the server that it loads from, whose CPU time counts beside."""
-    compares: bool = True
-    """Whether the run returns tensors, which saving does not."""
     module: str = "benchmarks.compare.worker"
 
 
@@ -86,7 +84,6 @@ class Runner:
     def run(self, task: Task) -> dict[str, Any]:
         asked = {
             "place": dataclasses.asdict(self.contender.place),
-            "compare": self.contender.compares,
             "readers": task.readers,
             "server": self.contender.server,
             "limit": RUN_SECONDS,

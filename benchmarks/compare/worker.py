@@ -2,7 +2,8 @@
 
 Run by harness.py in the contender's environment: `python -m benchmarks.compare.worker NAME`. A run is timed in a child
 that has imported everything and loaded nothing; then every byte is compared with the files, and pages that only this
-comparison brought in are counted: a contender that has not read what it returned is found out.
+comparison brought in are counted: a contender that has not read what it returned is found out. What was saved is read
+back first.
 """
 
 from __future__ import annotations
@@ -59,18 +60,22 @@ def _pointer(tensor: Any) -> Any:
     return ctypes.cast(tensor.data_ptr(), ctypes.POINTER(ctypes.c_uint8))
 
 
-def _looked_at(state: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """What became of the bytes: how many had not been read, and the first that is wrong."""
-    answer: dict[str, Any] = {"late_bytes": touched_late(state), "wrong": None}
+def _looked_at(state: Mapping[str, Any], adaptor: Adaptor, place: Place) -> dict[str, Any]:
+    """What became of the bytes: how many had not been read, and the first that is wrong. Of a save, what it saved."""
+    if adaptor.saved is None:
+        answer: dict[str, Any] = {"late_bytes": touched_late(state), "wrong": None}
+    else:
+        state = adaptor.saved(place)
+        answer = {"late_bytes": 0, "wrong": None}
     try:
-        checkpoints.compare(state, directory)
+        checkpoints.compare(state, place.directory)
     except checkpoints.Mismatch as mismatch:
         answer["wrong"] = str(mismatch)
     return answer
 
 
-def measured(adaptor: Adaptor, place: Place, directory: Path | None, server: int | None) -> dict[str, Any]:
-    """One timed run, and what became of the bytes. Without a directory there is nothing to compare."""
+def measured(adaptor: Adaptor, place: Place, server: int | None) -> dict[str, Any]:
+    """One timed run, and what became of the bytes."""
     load = adaptor.ready(place)
     server_before = 0.0 if server is None else machine.cpu_seconds(server)
     cpu, start = _cpu_seconds(resource.RUSAGE_SELF), time.perf_counter()
@@ -82,10 +87,10 @@ def measured(adaptor: Adaptor, place: Place, directory: Path | None, server: int
         "server_cpu_seconds": None if server is None else machine.cpu_seconds(server) - server_before,
         "peak_bytes": paired.peak_bytes(),
     }
-    return {**answer, **({"late_bytes": 0, "wrong": None} if directory is None else _looked_at(state, directory))}
+    return {**answer, **_looked_at(state, adaptor, place)}
 
 
-def _reader(adaptor: Adaptor, place: Place, directory: Path, start: int, loaded: int, pipe: IO[str]) -> None:
+def _reader(adaptor: Adaptor, place: Place, start: int, loaded: int, pipe: IO[str]) -> None:
     """One of several readers: loads when `start` opens; compares when `loaded` does, after the last has loaded."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a run that failed or hangs leaves nobody behind
     load = adaptor.ready(place)
@@ -96,7 +101,7 @@ def _reader(adaptor: Adaptor, place: Place, directory: Path, start: int, loaded:
     cpu = _cpu_seconds(resource.RUSAGE_SELF) - cpu
     print(json.dumps({"done": done, "cpu": cpu, "peak": paired.peak_bytes()}), file=pipe, flush=True)
     os.read(loaded, 1)
-    print(json.dumps(_looked_at(state, directory)), file=pipe, flush=True)
+    print(json.dumps(_looked_at(state, adaptor, place)), file=pipe, flush=True)
 
 
 def _answers(pipes: Sequence[IO[str]]) -> list[dict[str, Any]]:
@@ -107,7 +112,7 @@ def _answers(pipes: Sequence[IO[str]]) -> list[dict[str, Any]]:
     return found
 
 
-def _together(count: int, adaptor: Adaptor, place: Place, directory: Path, server: int | None) -> dict[str, Any]:
+def _together(count: int, adaptor: Adaptor, place: Place, server: int | None) -> dict[str, Any]:
     """`count` processes that begin at once; the time until the last has all of its tensors, which each compares."""
     start, opens_start = os.pipe()
     loaded, opens_loaded = os.pipe()
@@ -120,7 +125,7 @@ def _together(count: int, adaptor: Adaptor, place: Place, directory: Path, serve
                 os.close(opens_start)
                 os.close(opens_loaded)
                 with open(writer, "w") as pipe:
-                    _reader(adaptor, place, directory, start, loaded, pipe)
+                    _reader(adaptor, place, start, loaded, pipe)
                 status = 0
             finally:
                 if status:
@@ -162,14 +167,11 @@ def main() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         place = Place(**asked["place"])
-        directory = Path(place.directory) if asked["compare"] else None
         try:
             if asked["readers"] > 1:
-                work = functools.partial(
-                    _together, asked["readers"], adaptor, place, Path(place.directory), asked["server"]
-                )
+                work = functools.partial(_together, asked["readers"], adaptor, place, asked["server"])
             else:
-                work = functools.partial(measured, adaptor, place, directory, asked["server"])
+                work = functools.partial(measured, adaptor, place, asked["server"])
             answer = paired.in_child(work, asked["limit"])
         except paired.TrialFailed as failure:
             answer = {"failure": str(failure)[-2000:]}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,8 @@ import numpy
 import pytest
 
 from benchmarks import checkpoints, paired
-from benchmarks.compare import environments, harness, report
-from benchmarks.compare.adaptors import Place
+from benchmarks.compare import environments, harness, report, worker
+from benchmarks.compare.adaptors import ADAPTORS, Place
 
 BYTES = 40 << 20  # far above what a process touches besides
 
@@ -28,9 +31,9 @@ sys.path.insert(0, {root!r})
 from benchmarks import checkpoints
 from benchmarks.compare import adaptors, worker
 
-if sys.argv[1] in ("ours", "theirs", "wrong", "mapped", "fewer", "one wrong", "in turn"):
+if sys.argv[1] not in ("dies", "raises", "slow", "gone"):  # which need no tensors
     import torch
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
 
 def owned(place):
     with open({log!r}, "a") as log:
@@ -57,6 +60,20 @@ def in_turn(place):
     import time
     time.sleep(0.3 * among_readers(place))
     return owned(place)
+
+def save_as(change):
+    def save(place, state):
+        state = dict(state)
+        change(state)
+        save_file(state, f"{{place.target}}/saved")
+    return save
+
+def flip(state):
+    state["c"] = state["c"].clone()
+    state["c"].view(torch.uint8)[5] ^= 16
+
+def saved(place):
+    return load_file(f"{{place.target}}/saved")
 
 def mapped(place):
     return load_file(checkpoints.weight_files(place.directory)[0])
@@ -89,6 +106,9 @@ checkpoints.compare = compare_and_note
 ways = dict(ours=owned, theirs=owned, wrong=wrong, mapped=mapped, dies=dies, raises=raises, slow=slow, fewer=fewer)
 ways.update({{"one wrong": one_wrong, "in turn": in_turn}})
 adaptors.ADAPTORS.update({{name: adaptors.Adaptor((), way) for name, way in ways.items()}})
+savers = {{"saves": len, "saves less": lambda state: state.pop("a"), "saves wrong": flip}}
+for name, change in savers.items():
+    adaptors.ADAPTORS[name] = adaptors.Adaptor((), save=save_as(change), saved=saved)
 if sys.argv[1] == "gone":
     sys.exit("cannot import name gone")
 worker.main()
@@ -106,7 +126,7 @@ def contender(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     checkpoints.make_checkpoint(
         tmp_path / "plain", {"a": ("BF16", (BYTES // 4,)), "b": ("BF16", (BYTES // 4 // 64, 64)), "c": ("F32", (3,))}
     )
-    place = Place(str(tmp_path / "plain"))
+    place = Place(str(tmp_path / "plain"), target=str(tmp_path))
     return lambda name: harness.Contender(name, Path(sys.executable), place, module="fake_worker")
 
 
@@ -147,6 +167,33 @@ def test_one_that_cannot_be_believed_is_named_and_gets_no_ratio(contender: Any) 
         assert reason in found[name]["failed"]
         assert "median_ratio" not in found[name]
     assert found["theirs"]["pairs"] == 1  # the others are measured all the same
+
+
+def test_what_was_saved_is_read_back_and_compared(contender: Any) -> None:
+    others = [contender(name) for name in ("saves less", "saves wrong")]
+    found = harness.compare(contender("saves"), others, TASK, 1)["against"]
+    assert "WRONG BYTES: a of model.safetensors was not loaded" in found["saves less"]["failed"]
+    assert "WRONG BYTES: c: other bytes than model.safetensors" in found["saves wrong"]["failed"]
+
+
+@pytest.mark.parametrize("name", [name for name, adaptor in ADAPTORS.items() if "safetensors, save" in name])
+def test_what_is_on_the_disk_is_what_counts(name: str, tmp_path: Path) -> None:
+    checkpoints.make_checkpoint(tmp_path / "plain", {"a": ("BF16", (100, 10)), "b": ("F32", (3,))})
+    place, adaptor = Place(str(tmp_path / "plain"), target=str(tmp_path / "saved")), ADAPTORS[name]
+    assert worker.measured(adaptor, place, None)["wrong"] is None
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["model.safetensors"]
+
+    def bad(place: Place, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        assert adaptor.save is not None
+        adaptor.save(place, state)
+        with open(tmp_path / "saved" / "model.safetensors", "r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([byte ^ 1]))
+        return {}
+
+    assert "other bytes" in worker.measured(replace(adaptor, save=bad), place, None)["wrong"]
 
 
 def test_no_claim_is_made_when_ours_is_wrong(contender: Any) -> None:
