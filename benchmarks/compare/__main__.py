@@ -54,7 +54,7 @@ REDIS = {"SGLang's connector": None, "SGLang's connector, hiredis": None, "LMCac
 MOONCAKE = {"Mooncake Store, TCP": "mooncake"}
 SOURCES = {"file": FILE, "redis": REDIS, "s3": S3, "mooncake": MOONCAKE}
 SAVE = {"redis": ("rdmaload, save", {"SGLang's connector, set": None})}
-SAVE["file"] = ("rdmaload, save", {"safetensors, save_file": None})
+SAVE["file"] = ("rdmaload, save", {"safetensors, save_file": None, "safetensors, save_file and fsync": None})
 
 NOT_HERE = {
     "instanttensor": "0.2.2 loads to CUDA devices alone (its _impl.py refuses any other), and there is no GPU here",

@@ -196,6 +196,22 @@ def test_what_is_on_the_disk_is_what_counts(name: str, tmp_path: Path) -> None:
     assert "other bytes" in worker.measured(replace(adaptor, save=bad), place, None)["wrong"]
 
 
+def test_one_contender_saves_with_the_promise_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints.make_checkpoint(tmp_path / "plain", {"a": ("BF16", (100,))})
+    synced: list[tuple[str, bool]] = []
+    target = tmp_path / "saved"
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append((str(path.relative_to(tmp_path)), (target / "model.safetensors").exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    ADAPTORS["safetensors, save_file and fsync"].ready(Place(str(tmp_path / "plain"), target=str(target)))()
+    assert synced == [("saved/.model.safetensors", False), ("saved", True)]
+
+
 def test_no_claim_is_made_when_ours_is_wrong(contender: Any) -> None:
     with pytest.raises(harness.Failed, match="wrong: WRONG BYTES"):
         harness.compare(contender("wrong"), [contender("theirs")], TASK, 1)
