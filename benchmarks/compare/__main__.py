@@ -50,10 +50,14 @@ FILE = {
     "tensorizer": "tensorizer",
 }
 S3 = {"boto3": None, "obstore": None, "s3torchconnector": "s3torchconnector", "runai, S3": "runai"}
-REDIS = {"SGLang's connector": None, "SGLang's connector, hiredis": None, "LMCache's Redis client": "lmcache"}
+REDIS = {
+    "SGLang's connector": "sglang",
+    "SGLang's connector, hiredis": "sglang",
+    "LMCache's Redis client": "lmcache",
+}
 MOONCAKE = {"Mooncake Store, TCP": "mooncake"}
 SOURCES = {"file": FILE, "redis": REDIS, "s3": S3, "mooncake": MOONCAKE}
-SAVE = {"redis": ("rdmaload, save", {"SGLang's connector, set": None})}
+SAVE = {"redis": ("rdmaload, save", {"SGLang's connector, set": "sglang"})}
 SAVE["file"] = ("rdmaload, save", {"safetensors, save_file": None, "safetensors, save_file and fsync": None})
 
 NOT_HERE = {
@@ -150,10 +154,7 @@ def measure(
                 python = environments.python_of(environment, arguments.peers)
                 contender = replace(own, name=name, python=python)
                 if name.startswith("SGLang") and region != "save":  # a server of its own: it scans all keys
-                    os.environ["RDMALOAD_SGLANG"] = environments.sglang_source()
                     contender = stack.enter_context(sglang_server(contender, checkpoint, region))
-                elif name.startswith("SGLang"):
-                    os.environ["RDMALOAD_SGLANG"] = environments.sglang_source()
                 elif name.startswith("Mooncake"):
                     contender = stack.enter_context(mooncake_store.serving(contender))
                 elif name == "tensorizer":

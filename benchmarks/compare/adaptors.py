@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import importlib.util
 import json
 import os
 import select
@@ -197,8 +198,11 @@ def runai_s3(place: Place) -> Mapping[str, Any]:
 
 def _sglang_connector(place: Place, hiredis: bool) -> Any:
     """The class of SGLang's wheel; only the package's own start, which wants all of its dependencies, is left out."""
-    source = os.environ["RDMALOAD_SGLANG"]
     if "sglang" not in sys.modules:
+        found = importlib.util.find_spec("sglang")
+        assert found is not None
+        assert found.submodule_search_locations is not None
+        source = Path(found.submodule_search_locations[0]).parent
         for name in ("sglang", "sglang.srt"):
             package = types.ModuleType(name)
             package.__path__ = [str(Path(source, *name.split(".")))]
