@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from tests.support.servers import RedisServer
 REGIONS = ("tensors", "many", "one", "files", "readers", "save")
 READERS = 8
 
-# Contender: (where it loads from, its environment or None, package and version to show).
+# Contenders by what they load from, and the environment of each; None is the project's own.
 FILE = {
     "safetensors, cloned": None,
     "safetensors, pread": None,
@@ -57,14 +57,48 @@ REDIS = {
 }
 MOONCAKE = {"Mooncake Store, TCP": "mooncake"}
 SOURCES = {"file": FILE, "redis": REDIS, "s3": S3, "mooncake": MOONCAKE}
-SAVE = {"redis": ("rdmaload, save", {"SGLang's connector, set": "sglang"})}
-SAVE["file"] = ("rdmaload, save", {"safetensors, save_file": None, "safetensors, save_file and fsync": None})
+SAVE: dict[str, dict[str, str | None]] = {
+    "file": {"safetensors, save_file": None, "safetensors, save_file and fsync": None},
+    "redis": {"SGLang's connector, set": "sglang"},
+}
+NO_SAVE = {
+    "s3": "the store here is nginx, which serves files and takes none",
+    "mooncake": "Mooncake Store is a cache, which nobody saves a model to: there is only loading to compare",
+}
+"""Why a source has no region `save`."""
 
 NOT_HERE = {
     "instanttensor": "0.2.2 loads to CUDA devices alone (its _impl.py refuses any other), and there is no GPU here",
     "safetensors 0.9, prefetch": "0.9 is on no package index that this machine reaches (0.8.0 is the newest)",
     "fastsafetensors with GDS": "needs a GPU; its way through the host takes part",
 }
+
+
+def contenders_of(source: str, region: str, against: Sequence[str] | None = None) -> tuple[str, dict[str, str | None]]:
+    """Ours, and the others with the environment of each. Raises Missing where there is nothing to compare."""
+    if region == "save" and source not in SAVE:
+        raise environments.Missing(NO_SAVE[source])
+    others = SAVE[source] if region == "save" else SOURCES[source]
+    chosen = {name: where for name, where in others.items() if not against or any(word in name for word in against)}
+    if not chosen:
+        raise environments.Missing(f"--against names none of {'; '.join(others)}")
+    return "rdmaload, save" if region == "save" else "rdmaload", chosen
+
+
+def nobody(sources: Sequence[str], regions: Sequence[str], against: Sequence[str] | None) -> str:
+    """Why there would be nothing to measure at all, or not for a word of --against; else empty."""
+    reasons: list[str] = []
+    names: list[str] = []
+    for region in regions:
+        for source in sources:
+            try:
+                names += contenders_of(source, region)[1]
+            except environments.Missing as reason:
+                reasons.append(f"--source {source} --region {region}: {reason}")
+    for word in against or ():
+        if names and not any(word in name for name in names):
+            return f"--against {word}: no contender has that in its name; there are {'; '.join(dict.fromkeys(names))}"
+    return "" if names else "; ".join(reasons)
 
 
 def shapes(region: str, total: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -134,7 +168,11 @@ def scene(source: str, region: str, cache: str, checkpoint: checkpoints.Checkpoi
 def measure(
     arguments: argparse.Namespace, source: str, region: str, cache: str, keep: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    ours, others = SAVE[source] if region == "save" else ("rdmaload", SOURCES[source])
+    about: dict[str, Any] = {"source": source, "region": region, "cache": cache}
+    try:
+        ours, others = contenders_of(source, region, arguments.against)
+    except environments.Missing as reason:
+        return {"task": f"{source}, {region}", "against": {}, "missing": {"everyone": str(reason)}, **about}
     total = int(arguments.bytes or default_bytes(region))
     readers = READERS if region == "readers" else 1
     missing: dict[str, str] = {}
@@ -148,8 +186,6 @@ def measure(
         task = harness.Task(f"{source}, {region}, {cache}", checkpoint.bytes * readers, readers, found.prepare)
         contenders = []
         for name, environment in others.items():
-            if arguments.against and not any(word in name for word in arguments.against):
-                continue
             try:
                 python = environments.python_of(environment, arguments.peers)
                 contender = replace(own, name=name, python=python)
@@ -162,7 +198,7 @@ def measure(
                 contenders.append(contender)
             except environments.Missing as reason:
                 missing[name] = str(reason)
-        about = {"source": source, "region": region, "cache": cache, "missing": missing}
+        about["missing"] = missing
         result = harness.compare(
             own, contenders, task, arguments.pairs, arguments.seconds, lambda so_far: keep({**so_far, **about})
         )
@@ -246,6 +282,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=environments.ROOT / ".venv" / "peers")
     parser.add_argument("--dir", type=Path, help="directory for temporary files")
     parser.add_argument("--json", type=Path, help="write the result here, not to stdout")
+    parser.add_argument("--list", action="store_true", help="only name the contenders, and who cannot run and why")
     parser.add_argument("--set-up", action="store_true", help="only make the environments")
     arguments = parser.parse_args()
     if arguments.set_up:
@@ -253,6 +290,14 @@ def main() -> None:
             with contextlib.suppress(environments.Missing):
                 paired.say(str(environments.python_of(name, arguments.peers)))
         return
+    if arguments.list:
+        for source in SOURCES:
+            print(f"{source}: {'; '.join([*SOURCES[source], *SAVE.get(source, ())])}")
+        for name, reason in NOT_HERE.items():
+            print(f"not {name}: {reason}")
+        return
+    if refused := nobody(arguments.source, arguments.region, arguments.against):
+        parser.error(refused)
     if "mooncake" in arguments.source:
         mooncake_store.enter_namespace()
     results: list[dict[str, Any]] = []
@@ -275,8 +320,7 @@ def main() -> None:
     for region in arguments.region:
         for source in arguments.source:
             for cache in arguments.cache if source == "file" else ["warm"]:
-                if region != "save" or source in SAVE:
-                    results.append(measure(arguments, source, region, cache, keep))
+                results.append(measure(arguments, source, region, cache, keep))
     keep()
 
 

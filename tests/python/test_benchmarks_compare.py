@@ -18,6 +18,7 @@ import numpy
 import pytest
 
 from benchmarks import checkpoints, paired
+from benchmarks.compare import __main__ as compare
 from benchmarks.compare import environments, harness, report, worker
 from benchmarks.compare.adaptors import ADAPTORS, Place
 
@@ -272,6 +273,47 @@ def test_an_environment_that_cannot_be_made_is_missing_with_its_reason(
     with pytest.raises(environments.Missing, match="pip install no such package==1 failed"):
         environments.python_of("broken", tmp_path)
     assert not (tmp_path / "broken" / "made-of").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--source", "s3", "--region", "save"], "--source s3 --region save: the store here is nginx"),
+        (
+            ["--source", "mooncake", "s3", "--region", "save"],
+            "--source mooncake --region save: Mooncake Store is a cache",
+        ),
+        (["--source", "s3", "file", "--against", "tensorizer", "obstor", "LMCache"], "--against LMCache: no contender"),
+        (["--source", "redis", "--region", "save", "--against", "hiredis"], "there are SGLang's connector, set"),
+    ],
+)
+def test_a_comparison_of_nothing_is_refused(
+    arguments: list[str], reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["compare", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        compare.main()
+    assert reason in capsys.readouterr().err
+
+
+def test_a_part_with_nothing_to_compare_is_in_the_result_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = tmp_path / "found.json"
+    command = ["compare", "--source", "s3", "redis", "file", "--region", "save", "--bytes", "1e5", "--against", "set"]
+    monkeypatch.setattr(sys, "argv", [*command, "--peers", str(tmp_path), "--json", str(found)])
+    monkeypatch.setitem(compare.SAVE, "redis", {"SGLang's connector, set": "none"})
+    monkeypatch.setitem(environments.ENVIRONMENTS, "none", environments.Environment(("none==1",)))
+
+    def missing(name: str, directory: Path) -> Path:
+        raise environments.Missing(f"no {name} in {directory.name}")
+
+    monkeypatch.setattr(environments, "python_of", missing)
+    compare.main()
+    text = report.table(report.read([found]))
+    assert "| s3, save | everyone | 0 | not run: the store here is nginx" in text
+    assert "| file, save | everyone | 0 | not run: --against names none of safetensors, save_file;" in text
+    assert f"| redis, save, warm | SGLang's connector, set | 0 | not run: no none in {tmp_path.name} |" in text
 
 
 def test_the_report_names_everyone_and_draws_those_with_a_ratio(tmp_path: Path) -> None:
