@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib
-import importlib.util
 import json
 import os
 import select
-import sys
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,38 +193,9 @@ def runai_s3(place: Place) -> Mapping[str, Any]:
 
 
 def _sglang_connector(place: Place, hiredis: bool) -> Any:
-    """The class of SGLang's wheel; only the package's own start, which wants all of its dependencies, is left out."""
-    if "sglang" not in sys.modules:
-        found = importlib.util.find_spec("sglang")
-        assert found is not None
-        assert found.submodule_search_locations is not None
-        source = Path(found.submodule_search_locations[0]).parent
-        for name in ("sglang", "sglang.srt"):
-            package = types.ModuleType(name)
-            package.__path__ = [str(Path(source, *name.split(".")))]
-            sys.modules[name] = package
-        utils: Any = types.ModuleType(
-            "sglang.srt.utils"
-        )  # of another class alone; the real ones want every engine part
-        utils.parse_connector_type = lambda url: url.partition("://")[0]
-        utils.init_custom_process_group = None
-        utils.__path__ = []
-        of_platforms: Any = types.ModuleType("sglang.srt.utils.common")
-        of_platforms.is_npu = lambda: False
-        sys.modules.update({"sglang.srt.utils": utils, "sglang.srt.utils.common": of_platforms})
-    import redis
+    from benchmarks.compare import sglang_connector
 
-    module = importlib.import_module("sglang.srt.connector.redis")
-    connector = module.RedisConnector(f"redis://{place.host}:{place.port}/{place.prefix}")
-    if not hiredis and "hiredis" in str(redis.connection.DefaultParser).lower():
-        from redis import _parsers
-
-        connector.connection = redis.Redis(
-            connection_pool=redis.ConnectionPool(
-                host=place.host, port=place.port, protocol=2, parser_class=_parsers._RESP2Parser
-            )
-        )
-    return connector
+    return sglang_connector.connect(f"redis://{place.host}:{place.port}/{place.prefix}", hiredis=hiredis)
 
 
 def sglang(hiredis: bool) -> Callable[[Place], Mapping[str, Any]]:
@@ -353,6 +320,7 @@ def saved_safetensors(place: Place) -> Mapping[str, Any]:
 
 
 _TORCH_ONES = ("torch", "numpy", "safetensors.torch")
+_SGLANG = ("redis", "hiredis", *_TORCH_ONES, "benchmarks.compare.sglang_connector")
 _S3 = ("torch", "numpy", "benchmarks.s3_peer")
 ADAPTORS: dict[str, Adaptor] = {
     "rdmaload": Adaptor(("rdmaload", "boto3", *_TORCH_ONES), rdmaload),
@@ -368,12 +336,12 @@ ADAPTORS: dict[str, Adaptor] = {
     "obstore": Adaptor(("obstore", *_S3), s3_client("obstore")),
     "s3torchconnector": Adaptor(("s3torchconnector", *_S3), s3_client("s3torchconnector")),
     "runai, S3": Adaptor(("runai_model_streamer", "runai_model_streamer_s3", *_TORCH_ONES), runai_s3),
-    "SGLang's connector": Adaptor(("redis", *_TORCH_ONES), sglang(False)),
-    "SGLang's connector, hiredis": Adaptor(("redis", "hiredis", *_TORCH_ONES), sglang(True)),
+    "SGLang's connector": Adaptor(_SGLANG, sglang(False)),
+    "SGLang's connector, hiredis": Adaptor(_SGLANG, sglang(True)),
     "LMCache's Redis client": Adaptor(("lmcache.lmcache_redis", *_TORCH_ONES), lmcache),
     "Mooncake Store, TCP": Adaptor(("mooncake.store", *_TORCH_ONES), made=mooncake),
     "rdmaload, save": Adaptor(("rdmaload", *_TORCH_ONES), save=save_rdmaload, saved=saved_rdmaload),
-    "SGLang's connector, set": Adaptor(("redis", "hiredis", *_TORCH_ONES), save=save_sglang, saved=sglang(True)),
+    "SGLang's connector, set": Adaptor(_SGLANG, save=save_sglang, saved=sglang(True)),
     "safetensors, save_file": Adaptor(_TORCH_ONES, save=save_safetensors, saved=saved_safetensors),
     "safetensors, save_file and fsync": Adaptor(_TORCH_ONES, save=save_safetensors_and_fsync, saved=saved_safetensors),
 }

@@ -76,6 +76,12 @@ def flip(state):
 def saved(place):
     return load_file(f"{{place.target}}/saved")
 
+def imports(place):
+    with open({log!r}, "a") as log:
+        log.write("wave: before\\n" if "wave" in sys.modules else "wave: now\\n")
+    import wave
+    return owned(place)
+
 def mapped(place):
     return load_file(checkpoints.weight_files(place.directory)[0])
 
@@ -105,7 +111,7 @@ def compare_and_note(state, directory):
 checkpoints.compare = compare_and_note
 
 ways = dict(ours=owned, theirs=owned, wrong=wrong, mapped=mapped, dies=dies, raises=raises, slow=slow, fewer=fewer)
-ways.update({{"one wrong": one_wrong, "in turn": in_turn}})
+ways.update({{"one wrong": one_wrong, "in turn": in_turn, "imports": imports}})
 adaptors.ADAPTORS.update({{name: adaptors.Adaptor((), way) for name, way in ways.items()}})
 savers = {{"saves": len, "saves less": lambda state: state.pop("a"), "saves wrong": flip}}
 for name, change in savers.items():
@@ -216,6 +222,16 @@ def test_one_contender_saves_with_the_promise_of_ours(tmp_path: Path, monkeypatc
 def test_no_claim_is_made_when_ours_is_wrong(contender: Any) -> None:
     with pytest.raises(harness.Failed, match="wrong: WRONG BYTES"):
         harness.compare(contender("wrong"), [contender("theirs")], TASK, 1)
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_what_the_first_run_imported_is_there_when_time_counts(readers: int, contender: Any, tmp_path: Path) -> None:
+    task = harness.Task("task", readers * BYTES, readers)
+    with contextlib.closing(harness.Runner(contender("imports"))) as runner:
+        for _ in range(2):
+            harness.one(runner, task)
+    lines = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("wave")]
+    assert lines == ["wave: now"] * readers + ["wave: before"] * readers
 
 
 @pytest.mark.parametrize("readers", [1, 3])
