@@ -17,7 +17,7 @@ from typing import Any
 import numpy
 import pytest
 
-from benchmarks import checkpoints, paired
+from benchmarks import checkpoints, machine, paired
 from benchmarks.compare import __main__ as compare
 from benchmarks.compare import environments, harness, report, worker
 from benchmarks.compare.adaptors import ADAPTORS, Place
@@ -142,11 +142,20 @@ TASK = harness.Task("task", BYTES)
 
 def test_pairs_run_in_turns_and_the_first_changes(contender: Any, tmp_path: Path) -> None:
     kept: list[str] = []
+
+    def prepare() -> None:  # which empties the page cache for a cold run
+        with open(tmp_path / "log", "a") as log:
+            log.write("prepared\n")
+
+    task = replace(TASK, prepare=prepare)
     found = harness.compare(
-        contender("ours"), [contender("theirs")], TASK, 3, keep=lambda so_far: kept.append(json.dumps(so_far))
+        contender("ours"), [contender("theirs")], task, 3, keep=lambda so_far: kept.append(json.dumps(so_far))
     )
     assert kept == [json.dumps(found)]  # a run that is cut short after it loses nothing
-    ran = [line for line in (tmp_path / "log").read_text().split() if line != "compared"]
+    lines = (tmp_path / "log").read_text().split()
+    ran = lines[1::3]
+    assert lines[::3] == ["prepared"] * len(ran)  # each run of both
+    assert lines[2::3] == ["compared"] * len(ran)
     assert ran[:2] == ["ours", "theirs"]  # each once, before time counts
     assert ran[2:] == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
     result = found["against"]["theirs"]
@@ -289,6 +298,22 @@ def test_an_environment_that_cannot_be_made_is_missing_with_its_reason(
     with pytest.raises(environments.Missing, match="pip install no such package==1 failed"):
         environments.python_of("broken", tmp_path)
     assert not (tmp_path / "broken" / "made-of").exists()
+
+
+def test_a_cold_run_finds_no_file_in_the_page_cache_and_a_warm_one_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = checkpoints.make_checkpoint(tmp_path / "plain", {"a": ("BF16", (4 << 20,))})
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)  # what others read stays cached
+    for cache, cached in (("cold", 0), ("warm", 1), ("cold", 0)):
+        with compare.scene("file", "tensors", cache, made, tmp_path) as found:
+            assert found.prepare is not None
+            found.prepare()
+        assert machine.cached_fraction(made.directory) in (cached, None)
+    monkeypatch.setattr(machine, "cached_fraction", lambda directory: 0.25)
+    for cache in ("cold", "warm"):
+        with pytest.raises(harness.Failed, match=f"{cache}: 25% of the files are in the page cache"):
+            compare.fill_page_cache(tmp_path, cache)
 
 
 @pytest.mark.parametrize(
