@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -22,7 +23,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -155,7 +155,8 @@ def scene(source: str, region: str, cache: str, checkpoint: checkpoints.Checkpoi
         os.chmod(root, 0o755)  # nginx's workers are another user when started as root
         with Nginx(root, {"plain": directory}) as server:
             yield Scene(
-                Place(str(directory), url=url_of(server, "plain"), endpoint=server.endpoint, objects=tuple(files))
+                Place(str(directory), url=url_of(server, "plain"), endpoint=server.endpoint, objects=tuple(files)),
+                server.pid,
             )
     else:
         import rdmaload
@@ -215,9 +216,10 @@ def measure(
         result = harness.compare(
             own, contenders, task, arguments.pairs, arguments.seconds, lambda so_far: keep({**so_far, **about})
         )
+        itself = functools.partial(harness.compare_with_itself, pairs=arguments.pairs, seconds=arguments.seconds)
         if region == "readers":
             alone = replace(task, name=f"{task.name}, one alone", bytes=checkpoint.bytes, readers=1)
-            result["one_reader"] = between(own, alone, own, task, arguments)
+            result["one_reader"] = itself((own, task), (own, alone))
         elif region == "many":  # the same bytes in few tensors
             other = root / "few"
             other.mkdir()
@@ -225,39 +227,8 @@ def measure(
             few = stack.enter_context(scene(source, "tensors", cache, made, other))
             contender = replace(own, place=few.place, server=few.pid)
             fewer = harness.Task(f"{source}, 150 tensors", made.bytes, prepare=few.prepare)
-            result["few_tensors"] = between(contender, fewer, own, task, arguments)
+            result["few_tensors"] = itself((own, task), (contender, fewer))
     return {**result, **about}
-
-
-def between(
-    first: harness.Contender,
-    small: harness.Task,
-    second: harness.Contender,
-    large: harness.Task,
-    arguments: argparse.Namespace,
-) -> dict[str, Any]:
-    """The speed of ours at `large` by its speed at `small`, in turns."""
-    speeds: tuple[list[float], list[float]] = ([], [])
-    end = time.monotonic() + arguments.seconds
-    with (
-        contextlib.closing(harness.Runner(first)) as one,
-        contextlib.closing(harness.Runner(second)) as two,
-    ):
-        for order in harness.order(arguments.pairs):
-            if speeds[0] and time.monotonic() > end:
-                break
-            for which in order:
-                task = (small, large)[which]
-                speeds[which].append(task.bytes / 1e9 / harness.one((one, two)[which], task)["seconds"])
-    ratios = [here / there for there, here in zip(*speeds, strict=True)]
-    low, high = paired.bootstrap_interval(ratios)
-    return {
-        "median_ratio": paired.quartiles(ratios)["median"],
-        "interval_95": [round(low, 4), round(high, 4)],
-        "pairs": len(ratios),
-        "gb_per_s": paired.quartiles(speeds[1]),
-        "compared_gb_per_s": paired.quartiles(speeds[0]),
-    }
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -354,32 +355,78 @@ def test_a_part_with_nothing_to_compare_is_in_the_result_with_its_reason(
     text = report.table(report.read([found]))
     assert "| s3, save | everyone | 0 | not run: the store here is nginx" in text
     assert "| file, save | everyone | 0 | not run: --against names none of safetensors, save_file;" in text
-    assert f"| redis, save, warm | SGLang's connector, set | 0 | not run: no none in {tmp_path.name} |" in text
+    assert f") | SGLang's connector, set | 0 | not run: no none in {tmp_path.name} |" in text
+
+
+def test_more_to_do_is_compared_by_speed_and_shown_with_what_it_needs(contender: Any, tmp_path: Path) -> None:
+    three, alone = harness.Task("three", 3 * BYTES, readers=3), harness.Task("alone", BYTES)
+    found = harness.compare_with_itself((contender("ours"), three), (contender("ours"), alone), 2)
+    ran = [line for line in (tmp_path / "log").read_text().split() if line == "ours"]
+    assert len(ran) == (3 + 1) * (1 + 2)  # each once, before time counts
+    ours, compared = found["ours"], found["compared"]
+    speeds = zip(ours["all_seconds"], compared["all_seconds"], strict=True)
+    assert found["ratios"] == pytest.approx([3 * one / all_three for all_three, one in speeds], rel=0.05)
+    assert ours["peak_bytes"] > 2 * compared["peak_bytes"]  # of all three
+    result = {"task": "three", "bytes": 3 * BYTES, "against": {}, "missing": {}, "one_reader": found}
+    assert "| three (0.126 GB) | ours: one reader alone | 2 | " in report.table([result])
+
+
+def test_the_time_of_a_server_is_that_of_its_children_too() -> None:
+    spin = "import os, time\nos.fork()\nend = time.process_time() + 0.2\nwhile time.process_time() < end: pass\n"
+    command = [sys.executable, "-c", f"{spin}print(flush=True); time.sleep(60)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == server.stdout.readline() == b"\n"  # both are done
+            assert worker._server_seconds(server.pid) >= 0.4
+            children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+        finally:
+            server.kill()
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
 
 
 def test_the_report_names_everyone_and_draws_those_with_a_ratio(tmp_path: Path) -> None:
-    speed = {"median": 2.0, "q1": 1.5, "q3": 2.5}
-    side = {"gb_per_s": speed, "cpu_s_per_gb": speed, "peak_bytes": 1 << 30, "load_average": speed}
-    good = {"pairs": 15, "median_ratio": 0.5, "interval_95": [0.4, 0.7], "ours": side, "theirs": side}
+    def side(factor: float, server: float | None) -> dict[str, Any]:
+        of = {name: {"median": value * factor, "q1": 1.5, "q3": 2.5} for name, value in (("speed", 2), ("cpu", 0.5))}
+        return {
+            "gb_per_s": of["speed"],
+            "cpu_s_per_gb": of["cpu"],
+            "server_cpu_s_per_gb": None if server is None else {"median": server},
+            "peak_bytes": int(factor * 2**30),
+            "load_average": of["speed"],
+        }
+
+    ours, theirs = side(1, 0.25), side(2, 0.75)
+    good = {"pairs": 15, "median_ratio": 0.5, "interval_95": [0.4, 0.7], "ours": ours, "theirs": theirs}
     result = {
         "task": "file, one, warm",
         "source": "file",
         "region": "one",
         "cache": "warm",
+        "bytes": 4_000_000_000,
         "against": {
             "quick": good,
-            "once": {**good, "pairs": 1, "ratios": [0.5]},
+            "once": {**good, "pairs": 1, "ratios": [0.5], "ours": side(1, None), "theirs": side(2, None)},
             "liar": {"failed": "liar: WRONG BYTES: a", "pairs": 0},
         },
         "missing": {"absent": "needs a GPU"},
+        "few_tensors": {**good, "compared": side(0.5, 0.125)},
     }
-    (tmp_path / "found.json").write_text(json.dumps({"results": [result]}))
+    (tmp_path / "found.json").write_text(json.dumps({"results": [result], "not_here": {"one more": "no such thing"}}))
     results = report.read([tmp_path / "found.json"])
     text = report.table(results)
-    assert "0.50 (0.40 to 0.70)" in text
-    assert "| once | 1 | 0.50 (no interval) |" in text
-    assert "| liar | 0 | WRONG BYTES: a |" in text
-    assert "| absent | 0 | not run: needs a GPU |" in text
+    task = "| file, one, warm (4 GB) |"
+    speeds = "2.00 (1.50 to 2.50), 4.00 (1.50 to 2.50)"
+    assert text.splitlines()[2:] == [
+        f"{task} quick | 15 | 0.50 (0.40 to 0.70) | {speeds} | 0.50, 1.00 | 0.25, 0.75 | 1024, 2048 | 2.0, 4.0 |",
+        f"{task} once | 1 | 0.50 (no interval) | {speeds} | 0.50, 1.00 |  | 1024, 2048 | 2.0, 4.0 |",
+        f"{task} liar | 0 | WRONG BYTES: a | | | | | |",
+        f"{task} absent | 0 | not run: needs a GPU | | | | | |",
+        f"{task} ours: the same bytes in 150 tensors | 15 | 0.50 (0.40 to 0.70) | 2.00 (1.50 to 2.50), "
+        "1.00 (1.50 to 2.50) | 0.50, 0.25 | 0.25, 0.12 | 1024, 512 | 2.0, 1.0 |",
+    ]
+    assert len({line.count("|") for line in text.splitlines()}) == 1
     # In a process of its own, because matplotlib never closes its fonts.
     command = [
         sys.executable,
@@ -390,5 +437,5 @@ def test_the_report_names_everyone_and_draws_those_with_a_ratio(tmp_path: Path) 
         str(tmp_path),
     ]
     done = subprocess.run(command, cwd=environments.ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == text
+    assert done.stdout.strip() == f"{text}\n\nNot here:\n- one more: no such thing"
     assert "<svg" in (tmp_path / "compare-file.svg").read_text()
