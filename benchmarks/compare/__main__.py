@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -22,8 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from tests.support.servers import RedisServer
 REGIONS = ("tensors", "many", "one", "files", "readers", "save")
 READERS = 8
 
-# Contender: (where it loads from, its environment or None, package and version to show).
+# Contenders by what they load from, and the environment of each; None is the project's own.
 FILE = {
     "safetensors, cloned": None,
     "safetensors, pread": None,
@@ -50,17 +50,55 @@ FILE = {
     "tensorizer": "tensorizer",
 }
 S3 = {"boto3": None, "obstore": None, "s3torchconnector": "s3torchconnector", "runai, S3": "runai"}
-REDIS = {"SGLang's connector": None, "SGLang's connector, hiredis": None, "LMCache's Redis client": "lmcache"}
+REDIS = {
+    "SGLang's connector": "sglang",
+    "SGLang's connector, hiredis": "sglang",
+    "LMCache's Redis client": "lmcache",
+}
 MOONCAKE = {"Mooncake Store, TCP": "mooncake"}
 SOURCES = {"file": FILE, "redis": REDIS, "s3": S3, "mooncake": MOONCAKE}
-SAVE = {"redis": ("rdmaload, save", {"SGLang's connector, set": None})}
-SAVE["file"] = ("rdmaload, save", {"safetensors, save_file": None})
+SAVE: dict[str, dict[str, str | None]] = {
+    "file": {"safetensors, save_file": None, "safetensors, save_file and fsync": None},
+    "redis": {"SGLang's connector, set": "sglang"},
+}
+NO_SAVE = {
+    "s3": "the store here is nginx, which serves files and takes none",
+    "mooncake": "Mooncake Store is a cache, which nobody saves a model to: there is only loading to compare",
+}
+"""Why a source has no region `save`."""
 
 NOT_HERE = {
     "instanttensor": "0.2.2 loads to CUDA devices alone (its _impl.py refuses any other), and there is no GPU here",
     "safetensors 0.9, prefetch": "0.9 is on no package index that this machine reaches (0.8.0 is the newest)",
     "fastsafetensors with GDS": "needs a GPU; its way through the host takes part",
 }
+
+
+def contenders_of(source: str, region: str, against: Sequence[str] | None = None) -> tuple[str, dict[str, str | None]]:
+    """Ours, and the others with the environment of each. Raises Missing where there is nothing to compare."""
+    if region == "save" and source not in SAVE:
+        raise environments.Missing(NO_SAVE[source])
+    others = SAVE[source] if region == "save" else SOURCES[source]
+    chosen = {name: where for name, where in others.items() if not against or any(word in name for word in against)}
+    if not chosen:
+        raise environments.Missing(f"--against names none of {'; '.join(others)}")
+    return "rdmaload, save" if region == "save" else "rdmaload", chosen
+
+
+def nobody(sources: Sequence[str], regions: Sequence[str], against: Sequence[str] | None) -> str:
+    """Why there would be nothing to measure at all, or not for a word of --against; else empty."""
+    reasons: list[str] = []
+    names: list[str] = []
+    for region in regions:
+        for source in sources:
+            try:
+                names += contenders_of(source, region)[1]
+            except environments.Missing as reason:
+                reasons.append(f"--source {source} --region {region}: {reason}")
+    for word in against or ():
+        if names and not any(word in name for name in names):
+            return f"--against {word}: no contender has that in its name; there are {'; '.join(dict.fromkeys(names))}"
+    return "" if names else "; ".join(reasons)
 
 
 def shapes(region: str, total: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -85,6 +123,22 @@ class Scene:
     prepare: Callable[[], None] | None = None
 
 
+_CACHED_FRACTION_ERROR = 0.01
+"""Pages of metadata and of what other processes read meanwhile."""
+
+
+def fill_page_cache(root: Path, cache: str) -> None:
+    """Read every file, or evict all of them. Raises Failed where the kernel did not do it, as it cannot on tmpfs."""
+    if cache == "cold":
+        with contextlib.suppress(OSError):  # where root may not drop everything; what counts is what is left
+            machine.drop_from_page_cache(root, everything=os.geteuid() == 0)
+    else:
+        machine.warm_page_cache(root)
+    cached = machine.cached_fraction(root)
+    if cached is not None and abs(cached - (cache == "warm")) > _CACHED_FRACTION_ERROR:
+        raise harness.Failed(f"{cache}: {cached:.0%} of the files are in the page cache")
+
+
 @contextlib.contextmanager
 def scene(source: str, region: str, cache: str, checkpoint: checkpoints.Checkpoint, root: Path) -> Iterator[Scene]:
     directory = checkpoint.directory
@@ -94,17 +148,15 @@ def scene(source: str, region: str, cache: str, checkpoint: checkpoints.Checkpoi
 
         def prepare() -> None:
             shutil.rmtree(root / "saved", ignore_errors=True)
-            if cache == "cold":
-                machine.drop_from_page_cache(root, everything=os.geteuid() == 0)
-            else:
-                machine.warm_page_cache(root)
+            fill_page_cache(root, cache)
 
         yield Scene(place, prepare=prepare)
     elif source == "s3":
         os.chmod(root, 0o755)  # nginx's workers are another user when started as root
         with Nginx(root, {"plain": directory}) as server:
             yield Scene(
-                Place(str(directory), url=url_of(server, "plain"), endpoint=server.endpoint, objects=tuple(files))
+                Place(str(directory), url=url_of(server, "plain"), endpoint=server.endpoint, objects=tuple(files)),
+                server.pid,
             )
     else:
         import rdmaload
@@ -130,7 +182,11 @@ def scene(source: str, region: str, cache: str, checkpoint: checkpoints.Checkpoi
 def measure(
     arguments: argparse.Namespace, source: str, region: str, cache: str, keep: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    ours, others = SAVE[source] if region == "save" else ("rdmaload", SOURCES[source])
+    about: dict[str, Any] = {"source": source, "region": region, "cache": cache}
+    try:
+        ours, others = contenders_of(source, region, arguments.against)
+    except environments.Missing as reason:
+        return {"task": f"{source}, {region}", "against": {}, "missing": {"everyone": str(reason)}, **about}
     total = int(arguments.bytes or default_bytes(region))
     readers = READERS if region == "readers" else 1
     missing: dict[str, str] = {}
@@ -140,20 +196,15 @@ def measure(
             root / "plain", shapes(region, total), files={"files": 64, "one": 1}.get(region, 4)
         )
         found = stack.enter_context(scene(source, region, cache, checkpoint, root))
-        own = harness.Contender(ours, Path(sys.executable), found.place, found.pid, compares=region != "save")
+        own = harness.Contender(ours, Path(sys.executable), found.place, found.pid)
         task = harness.Task(f"{source}, {region}, {cache}", checkpoint.bytes * readers, readers, found.prepare)
         contenders = []
         for name, environment in others.items():
-            if arguments.against and not any(word in name for word in arguments.against):
-                continue
             try:
                 python = environments.python_of(environment, arguments.peers)
                 contender = replace(own, name=name, python=python)
                 if name.startswith("SGLang") and region != "save":  # a server of its own: it scans all keys
-                    os.environ["RDMALOAD_SGLANG"] = environments.sglang_source()
                     contender = stack.enter_context(sglang_server(contender, checkpoint, region))
-                elif name.startswith("SGLang"):
-                    os.environ["RDMALOAD_SGLANG"] = environments.sglang_source()
                 elif name.startswith("Mooncake"):
                     contender = stack.enter_context(mooncake_store.serving(contender))
                 elif name == "tensorizer":
@@ -161,53 +212,23 @@ def measure(
                 contenders.append(contender)
             except environments.Missing as reason:
                 missing[name] = str(reason)
-        about = {"source": source, "region": region, "cache": cache, "missing": missing}
+        about["missing"] = missing
         result = harness.compare(
             own, contenders, task, arguments.pairs, arguments.seconds, lambda so_far: keep({**so_far, **about})
         )
+        itself = functools.partial(harness.compare_with_itself, pairs=arguments.pairs, seconds=arguments.seconds)
         if region == "readers":
             alone = replace(task, name=f"{task.name}, one alone", bytes=checkpoint.bytes, readers=1)
-            result["one_reader"] = between(own, alone, own, task, arguments)
-        elif region == "many" and source != "s3":  # the same bytes in few tensors
+            result["one_reader"] = itself((own, task), (own, alone))
+        elif region == "many":  # the same bytes in few tensors
             other = root / "few"
             other.mkdir()
             made = checkpoints.make_checkpoint(other / "plain", shapes("tensors", total), files=4)
             few = stack.enter_context(scene(source, "tensors", cache, made, other))
             contender = replace(own, place=few.place, server=few.pid)
             fewer = harness.Task(f"{source}, 150 tensors", made.bytes, prepare=few.prepare)
-            result["few_tensors"] = between(contender, fewer, own, task, arguments)
+            result["few_tensors"] = itself((own, task), (contender, fewer))
     return {**result, **about}
-
-
-def between(
-    first: harness.Contender,
-    small: harness.Task,
-    second: harness.Contender,
-    large: harness.Task,
-    arguments: argparse.Namespace,
-) -> dict[str, Any]:
-    """The speed of ours at `large` by its speed at `small`, in turns."""
-    speeds: tuple[list[float], list[float]] = ([], [])
-    end = time.monotonic() + arguments.seconds
-    with (
-        contextlib.closing(harness.Runner(first)) as one,
-        contextlib.closing(harness.Runner(second)) as two,
-    ):
-        for order in harness.order(arguments.pairs):
-            if speeds[0] and time.monotonic() > end:
-                break
-            for which in order:
-                task = (small, large)[which]
-                speeds[which].append(task.bytes / 1e9 / harness.one((one, two)[which], task)["seconds"])
-    ratios = [here / there for there, here in zip(*speeds, strict=True)]
-    low, high = paired.bootstrap_interval(ratios)
-    return {
-        "median_ratio": paired.quartiles(ratios)["median"],
-        "interval_95": [round(low, 4), round(high, 4)],
-        "pairs": len(ratios),
-        "gb_per_s": paired.quartiles(speeds[1]),
-        "compared_gb_per_s": paired.quartiles(speeds[0]),
-    }
 
 
 @contextlib.contextmanager
@@ -245,6 +266,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=environments.ROOT / ".venv" / "peers")
     parser.add_argument("--dir", type=Path, help="directory for temporary files")
     parser.add_argument("--json", type=Path, help="write the result here, not to stdout")
+    parser.add_argument("--list", action="store_true", help="only name the contenders, and who cannot run and why")
     parser.add_argument("--set-up", action="store_true", help="only make the environments")
     arguments = parser.parse_args()
     if arguments.set_up:
@@ -252,6 +274,14 @@ def main() -> None:
             with contextlib.suppress(environments.Missing):
                 paired.say(str(environments.python_of(name, arguments.peers)))
         return
+    if arguments.list:
+        for source in SOURCES:
+            print(f"{source}: {'; '.join([*SOURCES[source], *SAVE.get(source, ())])}")
+        for name, reason in NOT_HERE.items():
+            print(f"not {name}: {reason}")
+        return
+    if refused := nobody(arguments.source, arguments.region, arguments.against):
+        parser.error(refused)
     if "mooncake" in arguments.source:
         mooncake_store.enter_namespace()
     results: list[dict[str, Any]] = []
@@ -274,8 +304,7 @@ def main() -> None:
     for region in arguments.region:
         for source in arguments.source:
             for cache in arguments.cache if source == "file" else ["warm"]:
-                if region != "save" or source in SAVE:
-                    results.append(measure(arguments, source, region, cache, keep))
+                results.append(measure(arguments, source, region, cache, keep))
     keep()
 
 

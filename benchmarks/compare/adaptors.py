@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib
 import json
 import os
 import select
-import sys
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +50,8 @@ class Adaptor:
     imports: tuple[str, ...]
     run: Callable[[Place], Mapping[str, Any]] | None = None
     save: Callable[[Place, Mapping[str, Any]], Mapping[str, Any]] | None = None
+    saved: Callable[[Place], Mapping[str, Any]] | None = None
+    """Reads back, untimed, what `save` saved."""
 
     made: Callable[[Place], Callable[[], Mapping[str, Any]]] | None = None
     """Gives what is timed, for one whose client has to be there already."""
@@ -194,35 +193,9 @@ def runai_s3(place: Place) -> Mapping[str, Any]:
 
 
 def _sglang_connector(place: Place, hiredis: bool) -> Any:
-    """The class of SGLang's wheel; only the package's own start, which wants all of its dependencies, is left out."""
-    source = os.environ["RDMALOAD_SGLANG"]
-    if "sglang" not in sys.modules:
-        for name in ("sglang", "sglang.srt"):
-            package = types.ModuleType(name)
-            package.__path__ = [str(Path(source, *name.split(".")))]
-            sys.modules[name] = package
-        utils: Any = types.ModuleType(
-            "sglang.srt.utils"
-        )  # of another class alone; the real ones want every engine part
-        utils.parse_connector_type = lambda url: url.partition("://")[0]
-        utils.init_custom_process_group = None
-        utils.__path__ = []
-        of_platforms: Any = types.ModuleType("sglang.srt.utils.common")
-        of_platforms.is_npu = lambda: False
-        sys.modules.update({"sglang.srt.utils": utils, "sglang.srt.utils.common": of_platforms})
-    import redis
+    from benchmarks.compare import sglang_connector
 
-    module = importlib.import_module("sglang.srt.connector.redis")
-    connector = module.RedisConnector(f"redis://{place.host}:{place.port}/{place.prefix}")
-    if not hiredis and "hiredis" in str(redis.connection.DefaultParser).lower():
-        from redis import _parsers
-
-        connector.connection = redis.Redis(
-            connection_pool=redis.ConnectionPool(
-                host=place.host, port=place.port, protocol=2, parser_class=_parsers._RESP2Parser
-            )
-        )
-    return connector
+    return sglang_connector.connect(f"redis://{place.host}:{place.port}/{place.prefix}", hiredis=hiredis)
 
 
 def sglang(hiredis: bool) -> Callable[[Place], Mapping[str, Any]]:
@@ -297,6 +270,12 @@ def save_rdmaload(place: Place, state: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}
 
 
+def saved_rdmaload(place: Place) -> Mapping[str, Any]:
+    import rdmaload
+
+    return rdmaload.load(place.target)
+
+
 def save_sglang(place: Place, state: Mapping[str, Any]) -> Mapping[str, Any]:
     """SGLang's connector has no save of its own: its `set` of each tensor, as its example of saving does."""
     with _sglang_connector(place, True) as connector:
@@ -313,7 +292,35 @@ def save_safetensors(place: Place, state: Mapping[str, Any]) -> Mapping[str, Any
     return {}
 
 
+def save_safetensors_and_fsync(place: Place, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With the promise that rdmaload's save makes: the name appears when the bytes would outlast a crash, and lasts."""
+    from safetensors.torch import save_file
+
+    os.makedirs(place.target, exist_ok=True)
+    path, unfinished = f"{place.target}/model.safetensors", f"{place.target}/.model.safetensors"
+    save_file(dict(state), unfinished)
+    _fsync(unfinished)
+    os.rename(unfinished, path)
+    _fsync(place.target)
+    return {}
+
+
+def _fsync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def saved_safetensors(place: Place) -> Mapping[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(f"{place.target}/model.safetensors")
+
+
 _TORCH_ONES = ("torch", "numpy", "safetensors.torch")
+_SGLANG = ("redis", "hiredis", *_TORCH_ONES, "benchmarks.compare.sglang_connector")
 _S3 = ("torch", "numpy", "benchmarks.s3_peer")
 ADAPTORS: dict[str, Adaptor] = {
     "rdmaload": Adaptor(("rdmaload", "boto3", *_TORCH_ONES), rdmaload),
@@ -329,11 +336,12 @@ ADAPTORS: dict[str, Adaptor] = {
     "obstore": Adaptor(("obstore", *_S3), s3_client("obstore")),
     "s3torchconnector": Adaptor(("s3torchconnector", *_S3), s3_client("s3torchconnector")),
     "runai, S3": Adaptor(("runai_model_streamer", "runai_model_streamer_s3", *_TORCH_ONES), runai_s3),
-    "SGLang's connector": Adaptor(("redis", *_TORCH_ONES), sglang(False)),
-    "SGLang's connector, hiredis": Adaptor(("redis", "hiredis", *_TORCH_ONES), sglang(True)),
+    "SGLang's connector": Adaptor(_SGLANG, sglang(False)),
+    "SGLang's connector, hiredis": Adaptor(_SGLANG, sglang(True)),
     "LMCache's Redis client": Adaptor(("lmcache.lmcache_redis", *_TORCH_ONES), lmcache),
     "Mooncake Store, TCP": Adaptor(("mooncake.store", *_TORCH_ONES), made=mooncake),
-    "rdmaload, save": Adaptor(("rdmaload", *_TORCH_ONES), save=save_rdmaload),
-    "SGLang's connector, set": Adaptor(("redis", "hiredis", *_TORCH_ONES), save=save_sglang),
-    "safetensors, save_file": Adaptor(_TORCH_ONES, save=save_safetensors),
+    "rdmaload, save": Adaptor(("rdmaload", *_TORCH_ONES), save=save_rdmaload, saved=saved_rdmaload),
+    "SGLang's connector, set": Adaptor(_SGLANG, save=save_sglang, saved=sglang(True)),
+    "safetensors, save_file": Adaptor(_TORCH_ONES, save=save_safetensors, saved=saved_safetensors),
+    "safetensors, save_file and fsync": Adaptor(_TORCH_ONES, save=save_safetensors_and_fsync, saved=saved_safetensors),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import sys
 import sysconfig
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["ENVIRONMENTS", "Environment", "Missing", "python_of", "sglang_source", "versions"]
+__all__ = ["ENVIRONMENTS", "Environment", "Missing", "python_of", "versions"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,6 +33,7 @@ ENVIRONMENTS: dict[str, Environment] = {
     "tensorizer": Environment(("tensorizer==2.12.1",)),
     "s3torchconnector": Environment(("s3torchconnector==1.5.0",)),
     "lmcache": Environment(("lmcache==0.5.6",), bare=True),
+    "sglang": Environment(("sglang==0.5.23",), bare=True),
     "instanttensor": Environment(("instanttensor==0.2.2",), bare=True),
     "mooncake": Environment(("mooncake-transfer-engine-non-cuda==0.3.13.post1",)),
 }
@@ -70,15 +70,4 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
     for environment in ENVIRONMENTS.values():
         found.update(package.split("==") for package in environment.packages)
-    return {**found, "sglang": "0.5.23"}
-
-
-def sglang_source() -> str:
-    """SGLang's wheel, unpacked; only its Python files are used. Raises Missing."""
-    found = os.environ.get("RDMALOAD_SGLANG") or ROOT / ".venv" / "engines" / "sglang-0.5.23"
-    if not Path(found, "sglang", "srt", "connector", "redis.py").is_file():
-        command = ["bash", "-c", ". scripts/engines.sh && set_up_sglang"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise Missing(f"SGLang's wheel could not be had: {done.stderr.strip()[-300:]}")
-    return str(found)
+    return found

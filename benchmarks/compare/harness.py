@@ -27,7 +27,7 @@ from benchmarks.compare.adaptors import Place
 from benchmarks.compare.environments import ROOT
 from benchmarks.compare.worker import LAZY_BYTES, LAZY_FRACTION
 
-__all__ = ["Contender", "Failed", "Runner", "Task", "compare", "one", "order"]
+__all__ = ["Contender", "Failed", "Runner", "Task", "compare", "compare_with_itself", "one", "order"]
 
 RUN_SECONDS = 240.0
 
@@ -45,8 +45,6 @@ class Contender:
     place: Place
     server: int | None = None
     """The process id of the server that it loads from, whose CPU time counts beside."""
-    compares: bool = True
-    """Whether the run returns tensors, which saving does not."""
     module: str = "benchmarks.compare.worker"
 
 
@@ -86,7 +84,6 @@ class Runner:
     def run(self, task: Task) -> dict[str, Any]:
         asked = {
             "place": dataclasses.asdict(self.contender.place),
-            "compare": self.contender.compares,
             "readers": task.readers,
             "server": self.contender.server,
             "limit": RUN_SECONDS,
@@ -219,30 +216,56 @@ def one(runner: Runner, task: Task) -> dict[str, Any]:
 
 
 def _against(own: Runner, other: Contender, task: Task, pairs: int, seconds: float) -> dict[str, Any]:
-    runs = (_Runs(), _Runs())
-    end = time.monotonic() + seconds
     try:
         with contextlib.closing(Runner(other)) as theirs:
             one(theirs, task)
-            for first, second in order(pairs):
-                if runs[0].trials and time.monotonic() > end:
-                    break
-                for which in (first, second):
-                    runs[which].trials.append(one((own, theirs)[which], task))
-                pair = [one.trials[-1]["seconds"] for one in runs]
-                paired.say(f"{task.name}: {other.name} {len(runs[0].trials)}/{pairs}: {pair[1] / pair[0]:.3f}")
+            found = _take_turns((own, theirs), (task, task), pairs, seconds, other.name)
     except Failed as failure:
         if str(failure).startswith(f"{own.contender.name}:"):
             raise
         paired.say(str(failure))
         return {"failed": str(failure), "pairs": 0}
-    ratios = [b["seconds"] / a["seconds"] for a, b in zip(runs[0].trials, runs[1].trials, strict=True)]
+    return _ratio(found, (task, task), "theirs")
+
+
+def compare_with_itself(
+    ours: tuple[Contender, Task], fewer: tuple[Contender, Task], pairs: int, seconds: float = math.inf
+) -> dict[str, Any]:
+    """The speed of ours at one task by its speed at another with less to do; 1 means that more of it costs nothing."""
+    tasks = (ours[1], fewer[1])
+    with contextlib.closing(Runner(ours[0])) as whole, contextlib.closing(Runner(fewer[0])) as less:
+        for runner, task in zip((whole, less), tasks, strict=True):
+            one(runner, task)  # untimed, as in every comparison
+        return _ratio(_take_turns((whole, less), tasks, pairs, seconds, fewer[1].name), tasks, "compared")
+
+
+def _take_turns(
+    runners: tuple[Runner, Runner], tasks: tuple[Task, Task], pairs: int, seconds: float, other: str
+) -> tuple[_Runs, _Runs]:
+    runs = (_Runs(), _Runs())
+    end = time.monotonic() + seconds
+    for first, second in order(pairs):
+        if runs[0].trials and time.monotonic() > end:
+            break
+        for which in (first, second):
+            runs[which].trials.append(one(runners[which], tasks[which]))
+        pair = [found.trials[-1]["seconds"] / task.bytes for found, task in zip(runs, tasks, strict=True)]
+        paired.say(f"{tasks[0].name}: {other} {len(runs[0].trials)}/{pairs}: {pair[1] / pair[0]:.3f}")
+    return runs
+
+
+def _ratio(runs: tuple[_Runs, _Runs], tasks: tuple[Task, Task], other: str) -> dict[str, Any]:
+    """Our speed by the other's of each pair, and what both needed for it."""
+    speeds = [
+        [task.bytes / trial["seconds"] for trial in found.trials] for found, task in zip(runs, tasks, strict=True)
+    ]
+    ratios = [ours / theirs for ours, theirs in zip(*speeds, strict=True)]
     low, high = paired.bootstrap_interval(ratios)
     return {
         "median_ratio": round(float(numpy.median(ratios)), 4),
         "interval_95": [round(low, 4), round(high, 4)],
         "pairs": len(ratios),
         "ratios": [round(ratio, 4) for ratio in ratios],
-        "ours": runs[0].summary(task.bytes),
-        "theirs": runs[1].summary(task.bytes),
+        "ours": runs[0].summary(tasks[0].bytes),
+        other: runs[1].summary(tasks[1].bytes),
     }

@@ -1,7 +1,7 @@
 """Tables and pictures of what `benchmarks.compare` measured: `python -m benchmarks.compare.report *.json`.
 
-The table goes to stdout as Markdown. With `--plots DIRECTORY` there is one picture per source: for each region and
-contender the ratio of the pairs, its interval, and 1, where both are equally fast.
+The table goes to stdout as Markdown, and after it who could not take part. With `--plots DIRECTORY` each source has a
+picture: by region and contender the ratio of the pairs, its interval, and 1, where both are equally fast.
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["draw", "main", "read", "table"]
+__all__ = ["draw", "main", "not_here", "read", "table"]
 
-_HEADING = "| source, region, cache | against | pairs | ratio (95%) | GB/s ours, theirs | CPU s/GB | peak MiB | load |"
+_HEADING = (
+    "| source, region, cache | against | pairs | ratio (95%) | GB/s ours, theirs "
+    "| CPU s/GB | server's CPU s/GB | peak MiB | load |"
+)
+_COLUMNS = 9
 
 
 def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
@@ -36,35 +40,56 @@ def _spread(speed: Mapping[str, float]) -> str:
     return f"{speed['median']:.2f} ({speed['q1']:.2f} to {speed['q3']:.2f})"
 
 
+def _figures(task: str, name: str, found: Mapping[str, Any], sides: Sequence[Mapping[str, Any]]) -> str:
+    """One line: ours, then the other, in each cell. A server's CPU time is there where it is known."""
+    servers = [side.get("server_cpu_s_per_gb") for side in sides]
+    cells = [
+        task,
+        name,
+        str(found["pairs"]),
+        _interval(found),
+        ", ".join(_spread(side["gb_per_s"]) for side in sides),
+        ", ".join(f"{side['cpu_s_per_gb']['median']:.2f}" for side in sides),
+        ", ".join("none" if used is None else f"{used['median']:.2f}" for used in servers) if any(servers) else "",
+        ", ".join(f"{side['peak_bytes'] >> 20}" for side in sides),
+        ", ".join(f"{side['load_average']['median']:.1f}" for side in sides),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _nothing(task: str, name: str, reason: str) -> str:
+    return f"| {task} | {name} | 0 | {reason} |{' |' * (_COLUMNS - 4)}"
+
+
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: one line for each contender, also for those that failed or are missing. Speeds with their quartiles."""
-    lines = [_HEADING, "|---" * 8 + "|"]
+    """Markdown: one line for each contender, also for those that failed or are missing. Speeds with their quartiles.
+
+    In the columns from GB/s on, ours comes first, then the other; the load average is that when their runs began.
+    """
+    lines = [_HEADING, "|---" * _COLUMNS + "|"]
     for result in results:
         task = result["task"]
+        if "bytes" in result:
+            task += f" ({result['bytes'] / 1e9:.3g} GB)"
         for name, found in result["against"].items():
             if "failed" in found:
-                lines.append(f"| {task} | {name} | 0 | {found['failed'].removeprefix(f'{name}: ')} | | | | |")
-                continue
-            ours, theirs = found["ours"], found["theirs"]
-            cells = [
-                task,
-                name,
-                found["pairs"],
-                _interval(found),
-                f"{_spread(ours['gb_per_s'])}, {_spread(theirs['gb_per_s'])}",
-                f"{ours['cpu_s_per_gb']['median']:.2f}, {theirs['cpu_s_per_gb']['median']:.2f}",
-                f"{ours['peak_bytes'] >> 20}, {theirs['peak_bytes'] >> 20}",
-                f"{ours['load_average']['median']:.1f}",
-            ]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-        for name, reason in result["missing"].items():
-            lines.append(f"| {task} | {name} | 0 | not run: {reason} | | | | |")
+                lines.append(_nothing(task, name, found["failed"].removeprefix(f"{name}: ")))
+            else:
+                lines.append(_figures(task, name, found, (found["ours"], found["theirs"])))
+        lines += [_nothing(task, name, f"not run: {reason}") for name, reason in result["missing"].items()]
         for key, what in (("one_reader", "one reader alone"), ("few_tensors", "the same bytes in 150 tensors")):
             if key in result:
                 found = result[key]
-                speeds = f"{_spread(found['gb_per_s'])}, {_spread(found['compared_gb_per_s'])}"
-                lines.append(f"| {task} | ours: {what} | {found['pairs']} | {_interval(found)} | {speeds} | | | |")
+                lines.append(_figures(task, f"ours: {what}", found, (found["ours"], found["compared"])))
     return "\n".join(lines)
+
+
+def not_here(paths: Iterable[Path]) -> list[str]:
+    """Who could not take part in any of it, and why."""
+    found: dict[str, str] = {}
+    for path in paths:
+        found.update(json.loads(path.read_text()).get("not_here", {}))
+    return [f"- {name}: {reason}" for name, reason in found.items()]
 
 
 def draw(results: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
@@ -125,6 +150,8 @@ def main() -> None:
     arguments = parser.parse_args()
     results = read(arguments.json)
     print(table(results))
+    if absent := not_here(arguments.json):
+        print("\nNot here:", *absent, sep="\n")
     if arguments.plots is not None:
         draw(results, arguments.plots)
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 from xml.etree import ElementTree
 
 import pytest
@@ -26,6 +27,7 @@ from rdmaload.urls import parse_url
 from tests.support.checkpoints import Checkpoint
 from tests.support.fault_proxy import FaultProxy
 from tests.support.faults import Stall
+from tests.support.s3 import HttpObjects, moto_s3, s3_url
 from tests.support.servers import RedisServer
 
 SMALL = ("--bytes", "2MB", "--repeat", "2")
@@ -293,6 +295,67 @@ def test_redis_py_reads_the_chunks_of_the_same_files(
     read = dict(answers)
     headers = read["redis-py"] - read["rdmaload"]
     assert 0 < headers < 10_000  # whole files: their headers, too
+
+
+def test_s3_clients_read_the_objects_of_the_same_files(
+    tiny_checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    with moto_s3("bucket") as endpoint:
+        url = s3_url(endpoint, "bucket", "models/tiny", addressing_style="path")
+        rdmaload.save(tiny_checkpoint.directory, url)
+        command = ["bench", url, "--bytes", "2MB", "--repeat", "1", "--against", "boto3,obstore,runai", "--json"]
+        assert main(command) == 0
+    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)["against"]}
+    assert found["boto3"]["samples"] == 1
+    assert found["obstore"]["samples"] == 1
+    if importlib.util.find_spec("runai_model_streamer") is None:
+        packages = "runai-model-streamer runai-model-streamer-s3"
+        assert found["runai"]["left_out"] == f"not installed: pip install {packages}"
+    else:
+        assert found["runai"]["samples"] == 1
+
+
+@pytest.mark.parametrize("name", ["boto3", "obstore", "runai"])
+@pytest.mark.parametrize("signed", ["by the url", "by the environment", "not"])
+def test_an_s3_client_asks_with_the_credentials_of_the_url(
+    name: str, signed: str, tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rdmaload.cli import peers
+
+    pytest.importorskip(peers.PEERS[name].module)
+    contents = {path.name: path.read_bytes() for path in tiny_checkpoint.weight_files}
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(variable, raising=False)
+    query: dict[str, object] = {"region": "eu-north-1"}
+    if signed == "by the url":
+        query |= {"username": "testing", "password": "secret"}
+    elif signed == "not":
+        query |= {"unsigned": "true"}
+    else:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with HttpObjects({f"/bucket/m/{path}": content for path, content in contents.items()}) as server:
+        url = f"s3://bucket/m?{urlencode({'endpoint_url': server.endpoint, **query})}"
+        job = {"url": url, "scheme": "s3", "files": sorted(contents), "opts": {}, "device": "cpu"}
+        answer = peers._run(name, job)
+    tensors = name == "runai"  # the others read files whole
+    assert answer["bytes"] == (tiny_checkpoint.bytes if tensors else sum(map(len, contents.values())))
+    asked = [request.headers.get("authorization", "") for request in server.requests]
+    assert asked
+    for header in asked:
+        assert header == "" if signed == "not" else "Credential=testing/" in header
+        assert signed == "not" or "/eu-north-1/s3/" in header
+
+
+def test_the_reason_is_the_error_and_not_the_end_of_its_text() -> None:
+    from rdmaload.cli.peers import _last_error
+
+    said = "Traceback (most recent call last):\n  x()\nobstore.exceptions.GenericError: no region\n\nDebug source:\n}\n"
+    assert _last_error(said) == "obstore.exceptions.GenericError: no region"
+    assert _last_error("Fatal Python error: x\nSegmentation fault\n") == "Segmentation fault"
+    assert _last_error("") == ""
 
 
 def test_a_loader_that_fails_is_left_out_and_the_others_go_on(

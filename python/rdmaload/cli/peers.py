@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from rdmaload.cli.rates import Figure
 if TYPE_CHECKING:
     from rdmaload.index import IndexFile
     from rdmaload.model import Model
+    from rdmaload.options import Options
     from rdmaload.urls import Url
 
 __all__ = ["PEERS", "Contest", "compare_peers"]
@@ -156,9 +158,11 @@ def _why_not(name: str, location: Url, model: Model) -> str:
         return f"does not read {location.scheme}:// (it reads {', '.join(peer.schemes)})"
     if name == "redis-py" and model.store_layout != "rdmaload":
         return "compared for models in format 1 only"
-    if importlib.util.find_spec(peer.module) is None:
-        return f"not installed: pip install {peer.package}"
-    return ""
+    needed = {peer.module: peer.package}
+    if name == "runai" and location.scheme == "s3":
+        needed["runai_model_streamer_s3"] = "runai-model-streamer-s3"
+    packages = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    return f"not installed: pip install {' '.join(packages)}" if packages else ""
 
 
 def _version(name: str) -> str:
@@ -185,10 +189,16 @@ def _run(name: str, job: _Job) -> dict[str, Any]:
         raise RuntimeError(f"took longer than {_TIMEOUT_SECONDS:g} s") from None
     answer = done.stdout.strip().rpartition("\n")[2]
     if done.returncode or not answer.startswith("{"):
-        said = done.stderr.strip().rpartition("\n")[2] or f"it ended with code {done.returncode}"
-        raise RuntimeError(said[:300])
+        raise RuntimeError(_last_error(done.stderr)[:300] or f"it ended with code {done.returncode}")
     found: dict[str, Any] = json.loads(answer)
     return found
+
+
+def _last_error(said: str) -> str:
+    """The line that names the last exception, whose text may go on for many lines; else the last line."""
+    lines = said.strip().splitlines()
+    named = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Timeout|Exit)\b", line)]
+    return (named or lines or [""])[-1]
 
 
 # ---- the other side: one load in a process of its own ------------------------------------------
@@ -227,6 +237,8 @@ def _safetensors(job: _Job) -> int:
 def _runai(job: _Job) -> int:
     from runai_model_streamer import SafetensorsStreamer
 
+    if "bucket" in job:
+        os.environ.update(_runai_environment(job["bucket"]))
     state: dict[str, Any] = {}
     with SafetensorsStreamer() as streamer:
         streamer.stream_files(_paths(job))
@@ -234,6 +246,25 @@ def _runai(job: _Job) -> int:
             # Its memory is used again for the next one.
             state[name] = tensor.clone() if job["device"] == "cpu" else tensor.to(job["device"])
     return _total(state)
+
+
+def _runai_environment(bucket: _Bucket) -> dict[str, str]:
+    """What its native library reads from there alone."""
+    options, keys = bucket.options, bucket.credentials
+    wanted = {
+        "AWS_REGION": bucket.region,
+        "AWS_ENDPOINT_URL": options.endpoint_url,
+        "AWS_ACCESS_KEY_ID": keys and keys.access_key,
+        "AWS_SECRET_ACCESS_KEY": keys and keys.secret_key,
+        "AWS_SESSION_TOKEN": keys and keys.token,
+        "AWS_CA_BUNDLE": options.ca_file,
+        "RUNAI_STREAMER_S3_UNSIGNED": "1" if keys is None else None,
+        # What boto3 chooses by itself: the path for a store of one's own, the host for Amazon's.
+        "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0"
+        if options.addressing_style == "path" or (options.addressing_style == "auto" and options.endpoint_url)
+        else None,
+    }
+    return {name: value for name, value in wanted.items() if value}
 
 
 def _fastsafetensors(job: _Job) -> int:
@@ -246,35 +277,90 @@ def _fastsafetensors(job: _Job) -> int:
     return _total({name: buffers.get_tensor(name) for name in buffers.key_to_rank_lidx})
 
 
-def _bucket(job: _Job) -> tuple[str, str, Mapping[str, Any]]:
-    from rdmaload.urls import parse_url
+@dataclass(frozen=True)
+class _Bucket:
+    """Where objects are and who asks for them, as ours finds it: for clients that each want it said in their way."""
 
-    url = parse_url(job["url"])
-    return url.host or "", url.path.strip("/") or url.model, {**url.query, **job["opts"]}
+    name: str
+    prefix: str
+    options: Options
+    credentials: Any
+    """botocore's, read; None to ask without."""
+    region: str
+
+    def key(self, file: str) -> str:
+        return f"{self.prefix}/{file}" if self.prefix else file
+
+
+def _bucket(job: _Job) -> _Bucket:
+    """Looked up before the clock starts: an environment's credentials may take a while to find."""
+    import boto3
+
+    from rdmaload.connectors import connector_for
+
+    with connector_for(job["url"], **job["opts"]) as ours:
+        url, options = ours.location, ours.options
+        password = options.read_password(url=ours.url)
+    session = boto3.Session(
+        aws_access_key_id=options.username,
+        aws_secret_access_key=password,
+        profile_name=options.profile,
+        region_name=options.region,
+    )
+    found = None if options.unsigned else session.get_credentials()
+    frozen = None if found is None else found.get_frozen_credentials()
+    return _Bucket(url.host or "", url.model, options, frozen, session.region_name or "us-east-1")
 
 
 def _boto3(job: _Job) -> int:
     import io
 
     import boto3
+    from botocore import UNSIGNED
+    from botocore.config import Config
 
-    bucket, prefix, opts = _bucket(job)
-    client = boto3.client("s3", endpoint_url=opts.get("endpoint_url"), region_name=opts.get("region"))
+    bucket: _Bucket = job["bucket"]
+    options, keys = bucket.options, bucket.credentials
+    client = boto3.client(
+        "s3",
+        endpoint_url=options.endpoint_url,
+        region_name=bucket.region,
+        aws_access_key_id=keys and keys.access_key,
+        aws_secret_access_key=keys and keys.secret_key,
+        aws_session_token=keys and keys.token,
+        verify=(options.ca_file or None) if options.verify_tls else False,
+        config=Config(
+            signature_version=UNSIGNED if keys is None else "s3v4", s3={"addressing_style": options.addressing_style}
+        ),
+    )
     kept = []
     for file in job["files"]:
         kept.append(io.BytesIO())
-        client.download_fileobj(bucket, f"{prefix}/{file}", kept[-1])
+        client.download_fileobj(bucket.name, bucket.key(file), kept[-1])
     return sum(one.getbuffer().nbytes for one in kept)
 
 
 def _obstore(job: _Job) -> int:
     from obstore.store import S3Store
 
-    bucket, prefix, opts = _bucket(job)
-    given = {"endpoint": opts.get("endpoint_url"), "region": opts.get("region")}
-    given = {name: value for name, value in given.items() if value}
-    store = S3Store(bucket, client_options={"allow_http": True}, **given)
-    kept = [store.get(f"{prefix}/{file}").bytes() for file in job["files"]]
+    bucket: _Bucket = job["bucket"]
+    options, keys = bucket.options, bucket.credentials
+    ca_file = options.ca_file or os.environ.get("AWS_CA_BUNDLE")
+    given = {
+        "endpoint": options.endpoint_url,
+        "access_key_id": keys and keys.access_key,
+        "secret_access_key": keys and keys.secret_key,
+        "session_token": keys and keys.token,
+    }
+    https = {"root_certificate": Path(ca_file).read_bytes()} if ca_file and options.verify_tls else {}
+    store = S3Store(
+        bucket.name,
+        region=bucket.region,
+        skip_signature=keys is None,
+        client_options={"allow_http": True, "allow_invalid_certificates": not options.verify_tls, **https},
+        **{name: value for name, value in given.items() if value},
+    )
+    kept = [store.get(bucket.key(file)).bytes() for file in job["files"]]
     return sum(len(one) for one in kept)
 
 
@@ -316,6 +402,9 @@ def _main() -> None:
         connector_class(job["scheme"])
     else:
         importlib.import_module(PEERS[sys.argv[1]].module)
+    if job["scheme"] == "s3":
+        job["bucket"] = _bucket(job)  # which imports boto3, that ours needs as well
+    torch.zeros(1).clone()  # the first in a process takes 0.3 s, which is no loader's
     cuda = job["device"].startswith("cuda")
     if cuda:
         torch.zeros(1, device=job["device"])  # making a context takes seconds that are no loader's
