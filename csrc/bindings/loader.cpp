@@ -113,6 +113,30 @@ Rows rows_of(std::shared_ptr<TensorIndex> index) {
           }};
 }
 
+// The tensors of a plan into arenas, by DLPack where `types` (dtype: code and bits) has their type and they have
+// bytes: one row each, so that Python does no more for a tensor than to take it.
+Rows exports_of(std::shared_ptr<LoadPlan> plan, std::shared_ptr<TensorIndex> index,
+                std::vector<std::shared_ptr<HostArena>> arenas,
+                const std::map<std::string, std::pair<uint8_t, uint8_t>>& types) {
+  std::map<DType, DlDataType> known;
+  for (const auto& [name, type] : types) {
+    if (const auto dtype = dtype_from_name(name)) known[*dtype] = {type.first, type.second, 1};
+  }
+  const size_t count = plan->placements.size();
+  return {count, [plan = std::move(plan), index = std::move(index), arenas = std::move(arenas),
+                  known = std::move(known)](size_t i) {
+            const Placement& placed = plan->placements[i];
+            const TensorInfo& info = index->tensors().at(placed.tensor).info;
+            py::object capsule = py::none();
+            const auto type = known.find(info.dtype);
+            if (type != known.end() && info.end > info.begin) {
+              capsule = export_tensor(arenas.at(placed.region), placed.offset, type->second,
+                                      {info.shape.begin(), info.shape.end()});
+            }
+            return py::make_tuple(placed.tensor, placed.region, placed.offset, info.name, std::move(capsule));
+          }};
+}
+
 using Seconds = std::chrono::duration<double>;
 
 // Seconds of the clock of Python's time.perf_counter(), which is this one on Linux; None: unset.
@@ -201,7 +225,8 @@ void register_loader(py::module_& module) {
           const Placement& placed = self->placements[i];
           return py::make_tuple(placed.tensor, placed.region, placed.offset);
         });
-      });
+      })
+      .def("exports", &exports_of, py::arg("index"), py::arg("arenas"), py::arg("types"));
 
   module.def(
       "plan_into_arenas",

@@ -1,5 +1,5 @@
 # The extension module; kept in step with csrc/bindings by tests/python/test_core_stub.py.
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypedDict
 
 from typing_extensions import Buffer, CapsuleType
@@ -292,6 +292,9 @@ class LoadPlan:
     @property
     def segments(self) -> int: ...
     def placements(self) -> Iterator[tuple[int, int, int]]: ...
+    def exports(
+        self, index: TensorIndex, arenas: Sequence[HostArena], types: Mapping[str, tuple[int, int]]
+    ) -> Iterator[tuple[int, int, int, str, object | None]]: ...
 
 def plan_into_arenas(
     index: TensorIndex, layout: StoreLayout, selection: Sequence[int], limits: PlanLimits

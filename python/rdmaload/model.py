@@ -249,7 +249,7 @@ class Model:
                 batch.operation.cancel()
                 raise
             report.stage("export", begin)
-            self._reader.finish(batch, stats, report.expect(plan.wanted_bytes, self._files_of(weights, selection)))
+            self._reader.finish(batch, stats, report.expect(plan.wanted_bytes, len(plan.files)))
             stats.bytes = plan.wanted_bytes
         return tensors
 

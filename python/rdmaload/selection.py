@@ -13,7 +13,7 @@ from rdmaload.errors import FormatError
 from rdmaload.index import IndexFile
 from rdmaload.reader import Batch, StoreReader
 from rdmaload.sglang_layout import TENSOR_NAME
-from rdmaload.tensors import TensorSpec, export_tensor
+from rdmaload.tensors import DLPACK_TYPES, TensorSpec, export_tensor, taker
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +58,10 @@ class Names:
     def __init__(self, tensors: RankTensors, tied: Mapping[int, list[str]]) -> None:
         self._tensors = tensors
         self._tied = tied
+
+    def get(self, position: int) -> Sequence[str] | None:
+        """None: its own name."""
+        return self._tied.get(position)
 
     def __getitem__(self, position: int) -> Sequence[str]:
         return self._tied.get(position) or (self._tensors.specs[position].name,)
@@ -180,9 +184,13 @@ def placed_tensors(
                 yield position, name, tensor
         return
     arenas = batch.arenas
-    for position, region, offset in batch.plan.placements():
-        tensor = export_tensor(weights.specs[position], arenas[region], offset)
-        for name in names[position]:
+    take = taker()
+    for position, region, offset, own_name, capsule in batch.plan.exports(weights.native, arenas, DLPACK_TYPES):
+        if capsule is not None:
+            tensor = take(capsule)
+        else:
+            tensor = export_tensor(weights.specs[position], arenas[region], offset)
+        for name in names.get(position) or (own_name,):
             yield position, name, tensor
 
 

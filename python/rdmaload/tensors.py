@@ -17,10 +17,18 @@ from rdmaload.errors import DeviceError, FormatError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TensorSpec", "check_dtype", "converted_bytes", "export_tensor", "import_target", "torch_dtype"]
+__all__ = [
+    "DLPACK_TYPES",
+    "TensorSpec",
+    "check_dtype",
+    "converted_bytes",
+    "export_tensor",
+    "import_target",
+    "taker",
+    "torch_dtype",
+]
 
-# safetensors name: DLPack type code and bits, for the types that DLPack has had from the start.
-_DLPACK = {
+DLPACK_TYPES = {
     "BOOL": (6, 8),
     "U8": (1, 8),
     "I8": (0, 8),
@@ -33,6 +41,8 @@ _DLPACK = {
     "BF16": (4, 16),
     "C64": (5, 64),
 }
+"""safetensors name: DLPack type code and bits, for the types that DLPack has had from the start."""
+
 # The others by torch's name, where this torch has it.
 _BY_NAME = {
     "U16": "uint16",
@@ -45,7 +55,7 @@ _BY_NAME = {
     "F8_E8M0": "float8_e8m0fnu",
     "F4": "float4_e2m1fn_x2",
 }
-_UINT8 = _DLPACK["U8"]
+_UINT8 = DLPACK_TYPES["U8"]
 
 
 class TensorSpec(NamedTuple):
@@ -83,7 +93,8 @@ def _torch_dtypes() -> dict[str, torch.dtype]:
 
 
 @lru_cache(maxsize=1)
-def _from_dlpack() -> Callable[[object], torch.Tensor]:
+def taker() -> Callable[[object], torch.Tensor]:
+    """What makes a tensor of a DLPack capsule."""
     from torch.utils.dlpack import from_dlpack
 
     return from_dlpack
@@ -128,13 +139,13 @@ def export_tensor(spec: TensorSpec, arena: _core.HostArena | None, offset: int) 
 
         dtype, shape = torch_dtype(spec)
         return torch.empty(shape, dtype=dtype)
-    from_dlpack = _from_dlpack()
-    direct = _DLPACK.get(spec.dtype)
+    take = taker()
+    direct = DLPACK_TYPES.get(spec.dtype)
     if direct is not None:
-        tensor: torch.Tensor = from_dlpack(arena.tensor(offset, *direct, spec.shape))
+        tensor: torch.Tensor = take(arena.tensor(offset, *direct, spec.shape))
         return tensor
     dtype, shape = torch_dtype(spec)
-    raw = from_dlpack(arena.tensor(offset, *_UINT8, (spec.nbytes,)))
+    raw = take(arena.tensor(offset, *_UINT8, (spec.nbytes,)))
     strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     import torch
 

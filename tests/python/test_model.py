@@ -665,6 +665,33 @@ def test_arenas_are_bounded_and_a_larger_tensor_lies_alone() -> None:
     assert [placement[1:] for placement in plan.placements()] == [(0, 0), (1, 0), (2, 0), (2, 64)]
 
 
+def test_a_plan_gives_the_tensors_whose_types_it_is_told_and_leaves_others_and_empty_ones_to_python() -> None:
+    text = json.dumps(
+        {
+            "a": {"dtype": "I16", "shape": [2, 3], "data_offsets": [0, 12]},
+            "b": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [12, 16]},
+            "c": {"dtype": "I16", "shape": [0, 3], "data_offsets": [16, 16]},
+        }
+    ).encode()
+    size = 8 + len(text) + 16
+    index = _core.TensorIndex()
+    index.add_file(0, "f", size, text)
+    layout = _core.StoreLayout([("f", size, 0)], 0, False, b"")
+    plan = _core.plan_into_arenas(index, layout, range(3), _core.PlanLimits())
+    arenas = [_core.HostArena(nbytes) for nbytes in plan.region_bytes]
+    memoryview(arenas[0])[:12] = bytes(range(12))
+    rows = list(plan.exports(index, arenas, {"I16": (0, 16), "no such type": (1, 1)}))
+    assert [row[:3] for row in rows] == list(plan.placements())
+    assert [row[3] for row in rows] == ["a", "b", "c"]
+    assert [row[4] is None for row in rows] == [False, True, True]
+    del arenas
+    tensor = torch.utils.dlpack.from_dlpack(rows[0][4])
+    assert tensor.shape == (2, 3)
+    assert tensor.reshape(-1).view(torch.uint8).tolist() == list(range(12))
+    with pytest.raises(IndexError):
+        next(plan.exports(index, [], {"I16": (0, 16)}))
+
+
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
