@@ -113,8 +113,8 @@ Rows rows_of(std::shared_ptr<TensorIndex> index) {
           }};
 }
 
-// The tensors of a plan into arenas, by DLPack where `types` (dtype: code and bits) has their type and they have
-// bytes: one row each, so that Python does no more for a tensor than to take it.
+// The tensors of a plan into arenas, by DLPack where `types` (dtype: code and bits) has their type and they
+// have bytes: one row each, so that Python does no more for a tensor than to take it.
 Rows exports_of(std::shared_ptr<LoadPlan> plan, std::shared_ptr<TensorIndex> index,
                 std::vector<std::shared_ptr<HostArena>> arenas,
                 const std::map<std::string, std::pair<uint8_t, uint8_t>>& types) {
@@ -219,13 +219,14 @@ void register_loader(py::module_& module) {
       .def_property_readonly("files", &LoadPlan::files)
       .def_property_readonly("reads", [](const LoadPlan& self) { return self.reads.size(); })
       .def_property_readonly("segments", [](const LoadPlan& self) { return self.segments.size(); })
-      .def("placements", [](std::shared_ptr<LoadPlan> self) {
-        const size_t count = self->placements.size();
-        return Rows(count, [self = std::move(self)](size_t i) {
-          const Placement& placed = self->placements[i];
-          return py::make_tuple(placed.tensor, placed.region, placed.offset);
-        });
-      })
+      .def("placements",
+           [](std::shared_ptr<LoadPlan> self) {
+             const size_t count = self->placements.size();
+             return Rows(count, [self = std::move(self)](size_t i) {
+               const Placement& placed = self->placements[i];
+               return py::make_tuple(placed.tensor, placed.region, placed.offset);
+             });
+           })
       .def("exports", &exports_of, py::arg("index"), py::arg("arenas"), py::arg("types"));
 
   module.def(

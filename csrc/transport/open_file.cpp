@@ -127,7 +127,8 @@ FileCalls FileCalls::of_the_system() {
           [](int fd, const iovec* vectors, int count, off_t offset) {
             return ::preadv(fd, vectors, count, offset);
           },
-          ask_direct_alignment, sample_page_cache};
+          ask_direct_alignment, sample_page_cache,
+          [](int fd) { posix_fadvise(fd, 0, 0, POSIX_FADV_SEQUENTIAL); }};
 }
 
 OpenFile::OpenFile(std::string path, const FileOptions& options) : path_(std::move(path)) {
@@ -143,7 +144,8 @@ OpenFile::OpenFile(std::string path, const FileOptions& options) : path_(std::mo
     ::close(fd_);
     throw;
   }
-  if (!direct_) posix_fadvise(fd_, 0, 0, POSIX_FADV_SEQUENTIAL);  // a hint: twice the readahead
+  // Twice the readahead for what goes through the page cache, of which sampling it has left none.
+  options.calls.advise_sequential(fd_);
 }
 
 OpenFile::~OpenFile() {
@@ -197,7 +199,11 @@ void OpenFile::open_directly(const FileOptions& options) {
 }
 
 bool OpenFile::reads_directly(bool lies_as_in_file) {
-  if (!direct_ || (only_aligned_ && !lies_as_in_file)) return false;
+  if (!direct_) return false;
+  if (only_aligned_ && !lies_as_in_file) {
+    direct_ = false;
+    return false;
+  }
   if (announced_ && !only_reader()) {
     refuse_direct("another reader came for '" + path_ + "', and the page cache serves both");
     return false;
@@ -209,7 +215,6 @@ void OpenFile::refuse_direct(const std::string& why) {
   std::lock_guard lock(mutex_);
   if (!direct_.exchange(false)) return;
   refusal_ = why;
-  posix_fadvise(fd_, 0, 0, POSIX_FADV_SEQUENTIAL);
 }
 
 Status OpenFile::grown(uint64_t expected) const {

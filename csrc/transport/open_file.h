@@ -43,6 +43,8 @@ struct FileCalls {
   std::function<std::optional<DirectAlignment>(int fd)> direct_alignment;
   // The part of the file (0 to 1) that is in the page cache; nullopt where that cannot be known without I/O.
   std::function<std::optional<double>(int fd, uint64_t bytes)> cached_fraction;
+  // A hint: the file is read from front to back.
+  std::function<void(int fd)> advise_sequential;
 
   static FileCalls of_the_system();
 };
@@ -73,7 +75,8 @@ class OpenFile {
 
   // Whether the next read should go past the page cache: asked before each, because another reader may have
   // come. Once false it stays so. `lies_as_in_file`: its memory is aligned as its place in the file is, to
-  // whole pages, so that no disk's alignment stands in the way.
+  // whole pages, so that no disk's alignment stands in the way. Where only such reads pay, the first other one
+  // ends it: half of a file past the cache and half through it is slower than either.
   bool reads_directly(bool lies_as_in_file);
   int direct_fd() const noexcept { return direct_fd_; }
   DirectAlignment direct_alignment() const noexcept { return alignment_; }

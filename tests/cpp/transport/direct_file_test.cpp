@@ -224,16 +224,55 @@ TEST_CASE(
     const auto bytes = testing::random_bytes(expected.bytes, 6);
     directory.write("f", bytes);
     StrictDisk disk;
-    disk.cached = expected.cached;
     disk.alignment.memory = expected.memory_alignment;
     RecordingOwner owner;
-    FileTransport transport(directory.path().string(), disk.options(FileIo::kAuto));
+    FileOptions options = disk.options(FileIo::kAuto);
+    // Sampling leaves a file without readahead, which most of it needs where only some reads go past the
+    // cache.
+    bool reads_ahead = true;
+    options.calls.cached_fraction = [&](int, uint64_t) {
+      reads_ahead = false;
+      return expected.cached;
+    };
+    options.calls.advise_sequential = [&](int) { reads_ahead = true; };
+    FileTransport transport(directory.path().string(), std::move(options));
     TestRead prepared("f", bytes.size(), owner);
     REQUIRE(read_all(transport, prepared, owner).ok());
+    CHECK(reads_ahead);
     CHECK(prepared.holds(bytes));
     CHECK(std::string(transport.path()) == expected.path);
     CHECK(transport.fallback_reason().empty());  // a choice is not a fallback
   }
+}
+
+TEST_CASE(
+    "on a disk that wants aligned memory the first read into other memory ends direct reads of the file") {
+  TempDir directory;
+  const auto bytes = testing::random_bytes(50'000, 7);
+  directory.write("f", bytes);
+  StrictDisk disk;
+  disk.alignment.memory = 512;
+  RecordingOwner owner;
+  FileTransport transport(directory.path().string(), disk.options(FileIo::kAuto));
+  HostArena memory(64 << 10);  // whole pages
+  const auto read_aligned = [&] {
+    std::fill(memory.data(), memory.data() + memory.size(), std::byte{0});
+    TestRead read("f", bytes.size(), owner);
+    read.read.segments[0].data = memory.data();
+    REQUIRE(read_all(transport, read, owner).ok());
+    CHECK(std::equal(bytes.begin(), bytes.end(), memory.data()));
+  };
+  read_aligned();
+  CHECK(transport.path() == "file-direct");
+  TestRead elsewhere("f", bytes.size(), owner);
+  elsewhere.read.segments[0].data = memory.data() + 8;
+  REQUIRE(read_all(transport, elsewhere, owner).ok());
+  CHECK(std::equal(bytes.begin(), bytes.end(), memory.data() + 8));
+  const int calls = disk.direct_calls;
+  read_aligned();
+  CHECK(disk.direct_calls == calls);
+  CHECK(transport.path() == "file-buffered+file-direct");
+  CHECK(transport.fallback_reason().empty());  // a choice
 }
 
 TEST_CASE("files are chosen for one by one, and the path names both ways") {
