@@ -143,9 +143,8 @@ std::shared_ptr<Server> make_server(std::shared_ptr<Store> store, std::string ho
 void register_server(py::module_& module) {
   using Released = py::call_guard<py::gil_scoped_release>;
   py::class_<Store, std::shared_ptr<Store>>(module, "WeightStore")
-      .def(py::init([](uint64_t limit_bytes) {
-             return std::make_shared<Store>(ValueMemory::make(limit_bytes));
-           }),
+      .def(py::init(
+               [](uint64_t limit_bytes) { return std::make_shared<Store>(ValueMemory::make(limit_bytes)); }),
            py::arg("limit_bytes"))
       .def("export_file", &export_file, py::kw_only(), py::arg("prefix"), py::arg("path"), py::arg("size"),
            py::arg("mtime_ns"), py::arg("chunk_bytes"), Released())
