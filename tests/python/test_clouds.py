@@ -111,6 +111,15 @@ def test_wrong_credentials_and_missing_containers_are_told_apart(cloud: Cloud, t
         rdmaload.load(f"{cloud.url}-none", **cloud.options)
 
 
+def test_a_busy_store_is_not_taken_for_one_that_wants_a_token(cloud: Cloud, tiny_checkpoint: Checkpoint) -> None:
+    fill(cloud, tiny_checkpoint)
+    cloud.server.objects[cloud.url.partition("://")[2] + "/tokenizer.json"] = b"{}"
+    busy = [Reply(503)]
+    cloud.server.answer = lambda request, honest: busy[0] if request.path.endswith("tokenizer.json") else honest
+    with pytest.raises(UnavailableError, match=r"tokenizer\.json"):
+        rdmaload.pull_files(cloud.url, allow_pattern="tokenizer.json", retry_timeout=0.3, **cloud.options)
+
+
 def test_a_storm_of_503_ends_byte_equal(cloud: Cloud, tiny_checkpoint: Checkpoint) -> None:
     fill(cloud, tiny_checkpoint)
 

@@ -14,8 +14,10 @@ from botocore.exceptions import UnknownServiceError
 from botocore.loaders import Loader
 
 import rdmaload
-from rdmaload.connectors import s3_client
+from rdmaload.connectors import connector_for, s3_client
+from rdmaload.connectors.objects import ObjectConnector
 from rdmaload.connectors.s3_client import S3Clients, _shipped
+from rdmaload.errors import AuthenticationError
 from rdmaload.options import Options
 from tests.support.s3 import HttpObjects, Reply, Request
 
@@ -159,11 +161,55 @@ def test_without_a_region_the_bucket_says_where_it_is(monkeypatch: pytest.Monkey
         assert first.method == "HEAD"
         assert others
         assert all("/eu-west-3/s3/" in request.headers["authorization"] for request in others)
-        for given, region in (("&region=eu-north-1", "eu-north-1"), ("", "ap-south-1")):
-            monkeypatch.setenv("AWS_DEFAULT_REGION", "ap-south-1")
-            server.requests.clear()
-            rdmaload.open(f"s3://bucket/m?addressing_style=path{given}").close()
-            assert all(f"/{region}/s3/" in request.headers["authorization"] for request in server.requests)
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "ap-south-1")
+        server.requests.clear()
+        rdmaload.open("s3://bucket/m?addressing_style=path&region=eu-north-1").close()
+        assert all("/eu-north-1/s3/" in request.headers["authorization"] for request in server.requests)
+        # A default of the environment is for many buckets, and may be another one's.
+        server.requests.clear()
+        rdmaload.open("s3://bucket/m?addressing_style=path").close()
+        first, *others = server.requests
+        assert first.method == "HEAD"
+        assert "/ap-south-1/s3/" in first.headers["authorization"]
+        assert others
+        assert all("/eu-west-3/s3/" in request.headers["authorization"] for request in others)
+
+
+def test_a_profile_says_how_buckets_are_addressed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    config.write_text("[default]\nregion = eu-west-3\ns3 =\n  addressing_style = path\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    for options, expected in (
+        (Options(unsigned=True), "https://s3.eu-west-3.amazonaws.com/bucket/key"),
+        (Options(unsigned=True, addressing_style="virtual"), "https://bucket.s3.eu-west-3.amazonaws.com/key"),
+    ):
+        client = S3Clients(options, None, connections=1).in_region("eu-west-3")
+        assert client.generate_presigned_url("get_object", Params={"Bucket": "bucket", "Key": "key"}) == expected
+        client.close()
+
+
+def test_small_calls_and_weights_trust_the_same_authorities(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "none.pem"))
+    with pytest.raises(AuthenticationError, match=r"none\.pem"):
+        rdmaload.open("s3://bucket/m?unsigned=true")
+
+
+@pytest.mark.parametrize(("status", "code"), [(404, "NoSuchUpload"), (501, "NotImplemented")])
+def test_a_store_without_a_list_of_unfinished_uploads_has_none(status: int, code: str) -> None:
+    def without(request: Request, honest: Reply) -> Reply:
+        if "uploads" in request.target.partition("?")[2]:
+            return Reply(status, body=f"<Error><Code>{code}</Code><Message>none</Message></Error>".encode())
+        return honest
+
+    with (
+        HttpObjects(_CONFIG, without) as server,
+        connector_for(
+            f"s3://bucket/m?endpoint_url={server.endpoint}&unsigned=true&region=us-east-1&retry_timeout=1"
+        ) as store,
+    ):
+        assert isinstance(store, ObjectConnector)
+        assert store.abort_uploads(1e12) == 0
+        assert any("uploads" in request.target for request in server.requests)
 
 
 def test_authorities_are_read_only_where_the_store_speaks_tls(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,7 @@ GOOD_SECONDS = 3300.0
 _MAX_SMALL_BYTES = 64 * 2**20
 _WHOLE_DAY = datetime.timedelta(days=1)  # obstore's own limit of a whole request would cut slow transfers short
 _PARTS_AT_ONCE = 4
+_OF_CREDENTIALS = re.compile(r"credential|token|[Ss]ervice[ _]?[Aa]ccount|private key|decode key|signBlob|SAS")
 _URLS = re.compile(r"https?://[^\s\"')]+")
 
 
@@ -334,18 +335,20 @@ class ObstoreConnector(ObjectConnector):
             hint = f"check {self.place_name} and prefix" if path is None else ""
         elif isinstance(err, (theirs.PermissionDeniedError, theirs.UnauthenticatedError)) or status in (401, 403):
             kind, hint = AuthenticationError, "check the credentials and what they may do"
-        elif re.search(r"credential|token|[Ss]ervice[ _]?[Aa]ccount|private key|decode key|signBlob|SAS", text):
-            kind = AuthenticationError
-            hint = f"give credentials ({self._how_to_log_in()}), or unsigned=true for what is public"
         elif isinstance(err, theirs.PreconditionError) or status == 412:
             kind, hint = IntegrityError, "it was replaced after the model was opened: open it again"
+        elif status >= 500 or status in (408, 429):
+            kind = UnavailableError
+        elif _OF_CREDENTIALS.search(text.replace(path, "") if path else text):  # a file may be called tokenizer.json
+            kind = AuthenticationError
+            hint = f"give credentials ({self._how_to_log_in()}), or unsigned=true for what is public"
         elif isinstance(err, (theirs.UnknownConfigurationKeyError, TypeError, ValueError)):
             kind, hint = UrlError, "correct the url or storage_options"
         elif isinstance(err, (theirs.NotSupportedError, NotImplementedError)):
             kind = NotSupportedError
         elif "timed out" in str(err) or "Timeout" in str(err):
             kind = LoadTimeoutError
-        elif status >= 500 or status in (408, 429) or "error sending request" in text or "connect" in text.lower():
+        elif "error sending request" in text or "connect" in text.lower():
             kind = UnavailableError
         message = f"cannot {verb} {place}: {text}" + (f". {hint[0].upper()}{hint[1:]}" if hint else "")
         return kind(message, url=self.url, key=path)

@@ -135,14 +135,17 @@ class S3Connector(ObjectConnector):
             if not (options.endpoint_url or "").startswith("http://"):
                 tls = pool.submit(clients.native_tls, self.url)
             client = clients.in_region(clients.region or "us-east-1")
-            if clients.region is None and options.endpoint_url is None:
+            self._tls = None if tls is None else tls.result()  # first: what is wrong with it says more
+            if options.region is None and options.endpoint_url is None:
                 client = self._in_region_of_bucket(client, clients)
         self._proxies = get_environ_proxies(client.meta.endpoint_url) or {}
-        self._tls = None if tls is None else tls.result()
         return client
 
     def _in_region_of_bucket(self, client: Any, clients: S3Clients) -> Any:
-        """A url that is signed for another region than the bucket's is refused: ask where it is."""
+        """A url that is signed for another region than the bucket's is refused: ask where it is.
+
+        A region that environment or profile name is a default for many buckets, so it may be another one, too.
+        """
         from botocore.exceptions import ClientError
 
         def ask() -> Mapping[str, Any]:
@@ -379,7 +382,12 @@ class S3Connector(ObjectConnector):
     def abort_uploads(self, older_than: float) -> int:
         client = self._client()
         count = 0
-        for page in self._pages("list_multipart_uploads", "list unfinished uploads of", Prefix=self._prefix):
+        try:
+            pages = list(self._pages("list_multipart_uploads", "list unfinished uploads of", Prefix=self._prefix))
+        except (NotFoundError, NotSupportedError) as err:  # rclone's says so where there are none; others know no list
+            _log.info("%s: no unfinished uploads are removed: %s", self.url, err)
+            return 0
+        for page in pages:
             for entry in page.get("Uploads", ()):
                 path = entry["Key"][len(self._prefix) :]
                 # Deeper keys may be another model's, or nobody's of ours.

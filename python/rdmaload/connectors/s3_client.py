@@ -56,11 +56,15 @@ class S3Clients:
         self._session = session
         self.region: str | None = session.get_config_variable("region")
         """What options, environment or profile say; None when they say nothing."""
-        self._ca_file: str | None = options.ca_file or session.get_config_variable("ca_bundle")
+        # The last is where botocore's own http library looks: small calls and weights trust the same.
+        self._ca_file: str | None = (
+            options.ca_file or session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
+        )
         certificate = options.client_cert_file
         self._config = Config(
             signature_version=UNSIGNED if options.unsigned else "s3v4",
-            s3={"addressing_style": options.addressing_style},
+            # What is given here counts more than a profile's own.
+            s3=None if options.addressing_style == "auto" else {"addressing_style": options.addressing_style},
             connect_timeout=options.connect_timeout,
             read_timeout=options.inactivity_timeout,
             retries={"mode": "standard", "total_max_attempts": 1},  # the connector does it, within retry_timeout

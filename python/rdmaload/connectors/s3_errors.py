@@ -81,6 +81,10 @@ def meaning_of(err: Exception, verb: str, path: str | None, url: str) -> Rdmaloa
     elif name.startswith(_CREDENTIALS) or isinstance(err, (theirs.ProfileNotFound, theirs.ConfigParseError)):
         kind = AuthenticationError
         hint = "set up credentials as for the aws command, or give unsigned=true for a public bucket"
+    elif isinstance(err, theirs.SSLError):
+        kind, hint = AuthenticationError, "check ca_file, or give verify_tls=false for a store that you trust unseen"
+    elif isinstance(err, (FileNotFoundError, PermissionError)):  # of a token or credentials that the profile names
+        kind, hint = AuthenticationError, "set up credentials as for the aws command"
     elif isinstance(err, (theirs.ParamValidationError, ValueError)):
         kind, hint = UrlError, "correct the url or its endpoint_url"
     elif isinstance(err, (theirs.ReadTimeoutError, theirs.ConnectTimeoutError)) or "Timeout" in name:
