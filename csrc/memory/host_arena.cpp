@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdint>
 #include <limits>
 #include <new>
@@ -43,7 +44,10 @@ HostArena::~HostArena() {
 }
 
 bool HostArena::detach(size_t offset, size_t length) noexcept {
-  return madvise(data_ + offset, length, MADV_DONTNEED) == 0;
+  constexpr int kDontNeedLocked =
+      24;  // MADV_DONTNEED_LOCKED of Linux 5.18: of memory that mlock() holds, too
+  return madvise(data_ + offset, length, MADV_DONTNEED) == 0 ||
+         (errno == EINVAL && madvise(data_ + offset, length, kDontNeedLocked) == 0);
 }
 
 }  // namespace rdmaload

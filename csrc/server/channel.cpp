@@ -37,7 +37,7 @@ ssize_t Channel::send_plain(const ReplyQueue& replies) {
   std::array<iovec, kVectors> vectors;
   const bool by_reference = pipe_.refusal().empty();
   const size_t count = replies.gather(
-      vectors, kBytesPerSend, by_reference ? ReplyQueue::Large::kApart : ReplyQueue::Large::kAsMemory);
+      vectors, kBytesPerSend, by_reference ? ReplyQueue::Large::kByReference : ReplyQueue::Large::kAsMemory);
   if (count > 0) {
     msghdr message{};
     message.msg_iov = vectors.data();

@@ -39,7 +39,7 @@ Server::Loop::Loop(Server& server, bool accepts)
       buffer_(kReceiveBytes) {
   watch(wake_.get(), EPOLLIN, EPOLL_CTL_ADD);
   if (accepts) watch(server.listener_, EPOLLIN, EPOLL_CTL_ADD);
-  if (!pipe_.refusal().empty()) {
+  if (accepts && !pipe_.refusal().empty()) {  // once for all threads
     server_.log("values are copied to be sent, which costs twice the CPU time or more: " + pipe_.refusal());
   }
 }
@@ -304,6 +304,7 @@ bool Server::Loop::send_some(Connection& connection) {
 void Server::Loop::drop(Connection& connection) {
   server_.left(connection.session);
   // What it still held of the store is given back before it counts as gone.
+  watch(connection.channel.descriptor(), 0, EPOLL_CTL_DEL);  // a forked child may hold the socket open
   connections_.erase(connection.channel.descriptor());
   --load_;
   --server_.counters_.connections_now;

@@ -9,8 +9,12 @@ namespace {
 // Above, a new piece of text is begun: appending must not move what is long.
 constexpr size_t kTextPieceBytes = 16 << 10;
 
-// Copying less costs less than a system call of its own.
-constexpr uint64_t kByReferenceBytes = 32 << 10;
+// Copying less costs less than a work request of its own.
+constexpr uint64_t kApartBytes = 32 << 10;
+
+// A reference to one byte keeps the huge page of 2 MiB that it lies in: at most four times what was asked
+// for.
+constexpr uint64_t kByReferenceBytes = 512 << 10;
 
 }  // namespace
 
@@ -27,7 +31,7 @@ void ReplyQueue::text(std::string_view text) {
       return;
     }
   }
-  pieces_.push_back(Piece{std::string(text), 0, text.size(), std::nullopt});
+  pieces_.push_back(Piece{std::string(text), 0, text.size(), std::nullopt, text.size()});
 }
 
 void ReplyQueue::content(const Content& content, uint64_t offset, uint64_t length) {
@@ -43,10 +47,10 @@ void ReplyQueue::add(const Content& content, uint64_t offset, uint64_t length,
   if (length == 0) return;
   bytes_ += length;
   if (const auto* value = std::get_if<ValuePtr>(&content)) {
-    pieces_.push_back(Piece{*value, offset, length, place});
+    pieces_.push_back(Piece{*value, offset, length, place, length});
   } else {
     const auto& range = std::get<FileRange>(content);
-    pieces_.push_back(Piece{range, range.offset + offset, length, place});
+    pieces_.push_back(Piece{range, range.offset + offset, length, place, length});
   }
 }
 
@@ -54,8 +58,15 @@ bool ReplyQueue::by_reference(const Piece& piece, Large large) {
   if (piece.place) return true;
   const auto* value = std::get_if<ValuePtr>(&piece.source);
   if (value == nullptr) return std::holds_alternative<FileRange>(piece.source);
-  if (large == Large::kAsMemory || piece.length < kByReferenceBytes) return false;
-  return (*value)->in_slab();
+  switch (large) {
+    case Large::kAsMemory:
+      return false;
+    case Large::kApart:
+      return piece.length >= kApartBytes && (*value)->in_slab();
+    case Large::kByReference:
+      return piece.asked >= kByReferenceBytes && (*value)->can_refer();
+  }
+  return false;
 }
 
 size_t ReplyQueue::gather(std::span<iovec> vectors, uint64_t max_bytes, Large large) const {

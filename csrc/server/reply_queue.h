@@ -42,9 +42,10 @@ class ReplyQueue {
   size_t held_bytes() const noexcept { return text_bytes_ + pieces_.size() * sizeof(Piece); }
 
   // What to send next is either memory (returns how many of `vectors` it filled, with at most `max_bytes`),
-  // or what is sent by reference (returns 0: see front()): a file's range and, if kApart, a large part of a
-  // value in a slab.
-  enum class Large { kAsMemory, kApart };
+  // or what is not (returns 0: see front()): a file's range, and of values what `large` says. kApart: what is
+  // left of one in a slab, if it is large. kByReference: one that is so large that the huge pages which
+  // references to it keep are not many times its size, even when it is gone from the store.
+  enum class Large { kAsMemory, kApart, kByReference };
   size_t gather(std::span<iovec> vectors, uint64_t max_bytes, Large large) const;
 
   // The first piece, for who treats each kind in its own way. Only of a queue that is not empty.
@@ -69,6 +70,7 @@ class ReplyQueue {
     uint64_t offset = 0;  // of what is left
     uint64_t length = 0;
     std::optional<RemotePlace> place;
+    uint64_t asked = 0;  // its length before anything was sent
   };
 
   static bool by_reference(const Piece& piece, Large large);

@@ -14,6 +14,13 @@ namespace {
 // Of 64 KiB to 1 MiB the least CPU per byte (docs/performance.md); any user may have such a pipe.
 constexpr int kPipeBytes = 256 << 10;
 
+constexpr std::byte kProbe{};
+
+// The call itself, not this socket's state.
+bool is_forbidden(int error) {
+  return error == EINVAL || error == EPERM || error == EACCES || error == ENOSYS || error == EOPNOTSUPP;
+}
+
 }  // namespace
 
 SplicePipe::SplicePipe() {
@@ -27,8 +34,8 @@ SplicePipe::SplicePipe() {
     refuse("F_SETPIPE_SZ");
   } else if ((sink_ = open("/dev/null", O_WRONLY | O_CLOEXEC)) < 0) {
     refuse("/dev/null");
-  } else if (static constexpr std::byte kProbe{}; pass_on(sink_, {&kProbe, 1}, 0) != 1) {
-    refuse("vmsplice");  // a sandbox may forbid it, or splice
+  } else {
+    pass_on(sink_, {&kProbe, 1}, 0);  // a sandbox may forbid it
   }
 }
 
@@ -43,21 +50,30 @@ ssize_t SplicePipe::pass_on(int target, std::span<const std::byte> bytes, unsign
   iovec piece{const_cast<std::byte*>(bytes.data()), bytes.size()};
   // Less than all where the bytes begin within a page: they lie in one page more than the pipe has room for.
   const ssize_t filled = vmsplice(write_, &piece, 1, SPLICE_F_NONBLOCK);
-  if (filled <= 0) return -1;
+  if (filled <= 0) {
+    refuse("vmsplice");
+    errno = EAGAIN;
+    return -1;
+  }
   const auto length = static_cast<size_t>(filled);
   const ssize_t sent = splice(read_, nullptr, target, nullptr, length, SPLICE_F_NONBLOCK | flags);
-  const int error = errno;
+  int error = sent == 0 ? EAGAIN : errno;
   auto left = length - static_cast<size_t>(std::max<ssize_t>(sent, 0));
   while (left > 0) {
     const ssize_t gone = splice(read_, nullptr, sink_, nullptr, left, SPLICE_F_NONBLOCK);
     if (gone <= 0) {  // others' bytes must never come out of it
-      refuse("splice to /dev/null");
+      refuse("splice");
       break;
     }
     left -= static_cast<size_t>(gone);
   }
+  if (sent < 0 && is_forbidden(error)) {
+    errno = error;
+    if (refusal_.empty()) refuse("splice");
+    error = EAGAIN;
+  }
   errno = error;
-  return sent;
+  return sent > 0 ? sent : -1;
 }
 
 void SplicePipe::refuse(const char* call) {

@@ -38,6 +38,8 @@ uint64_t cost_of(size_t bytes) {
 
 Value::~Value() { memory_->give_back(*this); }
 
+bool Value::can_refer() const noexcept { return slab_ != nullptr && memory_->detaches_; }
+
 std::shared_ptr<ValueMemory> ValueMemory::make(uint64_t limit_bytes) {
   return std::shared_ptr<ValueMemory>(new ValueMemory(limit_bytes));
 }
@@ -155,7 +157,8 @@ void ValueMemory::give_back(Value& value) noexcept {
   size_t end = begin + round_up(value.size_, page_bytes());
   const bool detached = value.referred_;
   if (detached && !static_cast<Slab*>(value.slab_)->memory.detach(begin, end - begin)) {
-    return;  // stays held, never used again
+    detaches_ = false;  // from now on values are copied to be sent
+    return;             // this one's place stays held, and is never used again
   }
   // Deregistering and unmapping take time: after the lock.
   std::list<Slab> emptied;

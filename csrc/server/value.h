@@ -46,8 +46,10 @@ class Value {
   Value& operator=(const Value&) = delete;
 
   std::span<const std::byte> bytes() const noexcept { return {data_, size_}; }
-  // Whether it lies in a slab, which cards can read and sockets refer to.
+  // Whether it lies in a slab, which cards can read.
   bool in_slab() const noexcept { return slab_ != nullptr; }
+  // Whether sockets may refer to it: it lies in a slab, of which pages can be detached.
+  bool can_refer() const noexcept;
   // Before the first reference to its pages is handed to the kernel.
   void refer() const noexcept { referred_ = true; }
   // Only for whoever fills it, before it is shared.
@@ -132,6 +134,7 @@ class ValueMemory : public std::enable_shared_from_this<ValueMemory> {
   static StaleRegions take_stale(Slab& slab, size_t offset, size_t length);
 
   const uint64_t limit_bytes_;
+  std::atomic<bool> detaches_ = true;  // until the system refuses once
   std::atomic<uint64_t> used_bytes_ = 0;
   std::atomic<uint64_t> held_bytes_ = 0;
   std::atomic<uint64_t> values_ = 0;

@@ -77,7 +77,7 @@ std::string converse(std::string_view bytes, size_t step, bool with_password, Ro
           session.resume();
           continue;
         }
-        if (replies.gather({&vector, 1}, 100, ReplyQueue::Large::kApart) == 0) {
+        if (replies.gather({&vector, 1}, 100, ReplyQueue::Large::kByReference) == 0) {
           const ReplyQueue::Front front = replies.front();
           FUZZ_CHECK(front.value != nullptr && front.length > 0);
           FUZZ_CHECK(front.offset < front.value->bytes().size());
