@@ -173,10 +173,6 @@ def main() -> None:
     adaptor = ADAPTORS[sys.argv[1]]
     for name in adaptor.imports:
         importlib.import_module(name)
-    if "torch" in adaptor.imports:
-        import torch
-
-        torch.zeros(1).clone()  # the first in a process takes 0.3 s
     if "rdmaload" in adaptor.imports:
         paired.import_everything()
     out = os.fdopen(os.dup(1), "w")

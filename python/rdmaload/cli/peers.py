@@ -403,8 +403,7 @@ def _main() -> None:
     else:
         importlib.import_module(PEERS[sys.argv[1]].module)
     if job["scheme"] == "s3":
-        job["bucket"] = _bucket(job)  # which imports boto3, that ours needs as well
-    torch.zeros(1).clone()  # the first in a process takes 0.3 s, which is no loader's
+        job["bucket"] = _bucket(job)  # imports botocore, which ours needs as well
     cuda = job["device"].startswith("cuda")
     if cuda:
         torch.zeros(1, device=job["device"])  # making a context takes seconds that are no loader's
