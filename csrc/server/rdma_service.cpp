@@ -208,7 +208,7 @@ class RdmaService::Loop {
       if (err.code() != ErrorCode::kUnavailable) service_.owner_.log(err.what());
       drop(id);
     } catch (const std::bad_alloc&) {
-      service_.owner_.log("no memory for the connection of " + connection.session().address());
+      ++shared().counters.refused_for_memory;  // there is none for a line of the log either
       drop(id);
     }
   }
@@ -217,22 +217,25 @@ class RdmaService::Loop {
     const auto now = Clock::now();
     const auto stall = service_.owner_.stall_timeout;
     const auto patience = std::min<std::chrono::duration<double>>(stall, kUnknownClientTime);
-    std::vector<uint64_t> doomed;
-    for (const auto& [id, connection] : connections_) {
-      const bool stalled = connection->busy() && now - connection->moved() > stall;
-      const bool known = connection->ready() && connection->session().authenticated();
-      if (stalled || (!known && now - connection->since() > patience)) {
-        doomed.push_back(id);
-      } else if (connection->next_due() <= now) {
-        make_runnable(id);
+    for (auto at = connections_.begin(); at != connections_.end();) {
+      const uint64_t id = at->first;
+      const RdmaConnection& connection = *at->second;
+      ++at;  // before it may be dropped
+      const bool stalled = connection.busy() && now - connection.moved() > stall;
+      const bool known = connection.ready() && connection.session().authenticated();
+      if (stalled || (!known && now - connection.since() > patience)) {
+        ++shared().counters.connections_stalled;
+        drop(id);
+      } else if (connection.next_due() <= now) {
+        try {
+          make_runnable(id);
+        } catch (const std::bad_alloc&) {
+          break;  // the next tick may find memory
+        }
       }
     }
     if (const std::string refusal = shared().store.memory()->take_refusal(); !refusal.empty()) {
       service_.owner_.log("values are copied before they are sent over RDMA: " + refusal);
-    }
-    for (const uint64_t id : doomed) {
-      ++shared().counters.connections_stalled;
-      drop(id);
     }
   }
 

@@ -19,7 +19,9 @@
 #include "transport/file_transport.h"
 #include "transport/http/http_transport.h"
 #include "transport/memory_transport.h"
+#include "transport/rdma/devices.h"
 #include "transport/rdma/rdma_transport.h"
+#include "transport/rdma/verbs_queue_pair.h"
 #include "transport/resp/resp_transport.h"
 #include "transport/staged_transport.h"
 
@@ -194,7 +196,17 @@ struct HttpsStore {
   }
 };
 
-// Over cards in memory; ours by RDMALOAD.READ, else as a Valkey.
+// The address of a card that this machine has; empty: none.
+std::string card_address() {
+  for (const rdma::Card& card : rdma::list_cards()) {
+    if (!card.usable()) continue;
+    if (const auto address = rdma::address_of_card(card, "0.0.0.0")) return *address;
+  }
+  return {};
+}
+
+// Over the machine's card, where it has one (tests/rdma/run calls these), else over cards in memory; ours by
+// RDMALOAD.READ, else as a Valkey.
 template <bool kOurs>
 struct RdmaStore {
   static constexpr size_t kMostCopiedBytes = SIZE_MAX;  // nobody says beforehand where reads will go
@@ -204,16 +216,22 @@ struct RdmaStore {
     options.ours = kOurs;
     return options;
   }
-  rdma::testing::FakeNetwork network;
-  rdma::testing::RdmaServer server{network, server_options()};
+  static std::shared_ptr<rdma::Fabric> make_fabric(bool has_card) {
+    if (has_card) return std::make_shared<rdma::VerbsFabric>();
+    return std::make_shared<rdma::testing::FakeNetwork>();
+  }
+  std::string card = card_address();
+  std::string host = card.empty() ? "fake" : card;
+  std::shared_ptr<rdma::Fabric> fabric = make_fabric(!card.empty());
+  rdma::testing::RdmaServer server{*fabric, server_options(), host};
   void put(const std::string& object, const std::vector<std::byte>& bytes) { server.put(object, bytes); }
   std::unique_ptr<Transport> open(int connections) {
     rdma::TransportOptions options;
-    options.endpoint.host = "fake";
+    options.endpoint.host = host;
     options.endpoint.port = server.port();
-    options.endpoint.name = "rdma://fake";
+    options.endpoint.name = "rdma://" + host;
     options.connections = connections;
-    options.fabric = std::shared_ptr<rdma::Fabric>(&network, [](rdma::Fabric*) {});
+    options.fabric = fabric;
     return std::make_unique<rdma::RdmaTransport>(std::move(options));
   }
 };
