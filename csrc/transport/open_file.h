@@ -76,7 +76,7 @@ class OpenFile {
   // Whether the next read should go past the page cache: asked before each, because another reader may have
   // come. Once false it stays so. `lies_as_in_file`: its memory is aligned as its place in the file is, to
   // whole pages, so that no disk's alignment stands in the way. Where only such reads pay, the first other
-  // one ends it: half of a file past the cache and half through it is slower than either.
+  // one ends it for the file.
   bool reads_directly(bool lies_as_in_file);
   int direct_fd() const noexcept { return direct_fd_; }
   DirectAlignment direct_alignment() const noexcept { return alignment_; }

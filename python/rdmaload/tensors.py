@@ -133,19 +133,17 @@ def converted_bytes(spec: TensorSpec, dtype: torch.dtype | None) -> int:
 
 
 def export_tensor(spec: TensorSpec, arena: _core.HostArena | None, offset: int) -> torch.Tensor:
-    """The tensor at `offset` (bytes) of `arena`, which it shares the ownership of; without one, an empty tensor."""
+    """The tensor at `offset` (bytes) of `arena`, which it shares the ownership of; without one, an empty tensor.
+
+    By its bytes, whatever its type: those of DLPACK_TYPES come from the plan, at once.
+    """
     if arena is None or spec.nbytes == 0:
         import torch
 
         dtype, shape = torch_dtype(spec)
         return torch.empty(shape, dtype=dtype)
-    take = taker()
-    direct = DLPACK_TYPES.get(spec.dtype)
-    if direct is not None:
-        tensor: torch.Tensor = take(arena.tensor(offset, *direct, spec.shape))
-        return tensor
     dtype, shape = torch_dtype(spec)
-    raw = take(arena.tensor(offset, *_UINT8, (spec.nbytes,)))
+    raw = taker()(arena.tensor(offset, *_UINT8, (spec.nbytes,)))
     strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     import torch
 
