@@ -40,7 +40,7 @@ Server::Loop::Loop(Server& server, bool accepts)
   watch(wake_.get(), EPOLLIN, EPOLL_CTL_ADD);
   if (accepts) watch(server.listener_, EPOLLIN, EPOLL_CTL_ADD);
   if (accepts && !pipe_.refusal().empty()) {  // once for all threads
-    server_.log("values are copied to be sent, which costs twice the CPU time or more: " + pipe_.refusal());
+    server_.log({"values are copied to be sent, which costs twice the CPU time or more: ", pipe_.refusal()});
   }
 }
 
@@ -154,8 +154,7 @@ void Server::Loop::begin(int fd) {
     if (!owned) close(fd);
     --load_;
     --server_.counters_.connections_now;
-    // Without memory there is none for a line either.
-    if (dynamic_cast<const std::bad_alloc*>(&error) == nullptr) server_.log(error.what());
+    server_.log({"a connection failed: ", error.what()});
   }
 }
 
@@ -165,7 +164,7 @@ void Server::Loop::accept_some() {
     if (fd < 0) {
       if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
         // The listener would stay readable: look again at the next tick, when some may have left.
-        server_.log(std::string("no more connections can be accepted: ") + std::strerror(errno));
+        server_.log({"no more connections can be accepted: ", std::strerror(errno)});
         watch(server_.listener_, 0, EPOLL_CTL_MOD);
         listener_paused_ = true;
       }
@@ -285,10 +284,9 @@ bool Server::Loop::send_some(Connection& connection) {
       const bool ended = errno == ENODATA;
       const ReplyQueue::Front front = replies.front();
       ++server_.counters_.files_failed;
-      server_.log((front.file == nullptr ? "a stored value" : front.file->path()) +
-                  (ended ? ": ends before byte " : ": cannot be read at byte ") +
-                  std::to_string(front.offset) + ": it changed while it was served; the connection of " +
-                  session.address() + " was closed");
+      server_.log({front.file == nullptr ? "a stored value" : front.file->path(),
+                   ended ? ": ends before byte " : ": cannot be read at byte ", std::to_string(front.offset),
+                   ": it changed while it was served; the connection of ", session.address(), " was closed"});
       return false;
     }
     connection.moved = now_;

@@ -123,7 +123,11 @@ class RdmaService::Loop {
         } else if (tag == kListenerTag) {
           accept_some();
         } else {
-          make_runnable(tag - kFirstTag);
+          try {
+            make_runnable(tag - kFirstTag);
+          } catch (const std::bad_alloc&) {  // its descriptor stays readable
+            ++shared().counters.refused_for_memory;
+          }
         }
       }
       // Each has its turn; who has more to do comes again behind the others.
@@ -152,9 +156,10 @@ class RdmaService::Loop {
   }
 
   void begin(std::unique_ptr<rdma::QueuePair> queue_pair) {
-    const std::string address = queue_pair->peer_address();
+    std::string address;
+    const uint64_t id = service_.owner_.next_id();
     try {
-      const uint64_t id = service_.owner_.next_id();
+      address = queue_pair->peer_address();
       auto made = std::make_unique<RdmaConnection>(std::move(queue_pair), shared(), id, scratch_);
       const RdmaConnection& connection = *connections_.emplace(id, std::move(made)).first->second;
       service_.owner_.joined(connection.session());
@@ -163,8 +168,12 @@ class RdmaService::Loop {
       }
       make_runnable(id);
     } catch (const std::exception& err) {
-      service_.owner_.log("a connection of " + address + " over RDMA failed: " + err.what());
-      uncount();
+      service_.owner_.log({"a connection of ", address, " over RDMA failed: ", err.what()});
+      if (connections_.contains(id)) {
+        drop(id);
+      } else {
+        uncount();
+      }
     }
   }
 
@@ -173,8 +182,8 @@ class RdmaService::Loop {
       std::unique_ptr<rdma::QueuePair> queue_pair;
       try {
         queue_pair = service_.listener_->accept();
-      } catch (const Error& err) {
-        service_.owner_.log(std::string("a connection over RDMA cannot be accepted: ") + err.what());
+      } catch (const std::exception& err) {  // no memory for it, too
+        service_.owner_.log({"a connection over RDMA cannot be accepted: ", err.what()});
         return;
       }
       if (queue_pair == nullptr) return;
@@ -188,7 +197,13 @@ class RdmaService::Loop {
       ++counters.connections_now;
       ++counters.rdma_connections_now;
       ++counters.connections_accepted;
-      service_.least_busy().add(std::move(queue_pair));
+      try {
+        service_.least_busy().add(std::move(queue_pair));
+      } catch (const std::bad_alloc&) {
+        --counters.connections_now;
+        --counters.rdma_connections_now;
+        ++counters.connections_refused;
+      }
     }
   }
 
@@ -205,7 +220,7 @@ class RdmaService::Loop {
       }
     } catch (const Error& err) {
       // That a client goes is its right.
-      if (err.code() != ErrorCode::kUnavailable) service_.owner_.log(err.what());
+      if (err.code() != ErrorCode::kUnavailable) service_.owner_.log({err.what()});
       drop(id);
     } catch (const std::bad_alloc&) {
       ++shared().counters.refused_for_memory;  // there is none for a line of the log either
@@ -235,7 +250,7 @@ class RdmaService::Loop {
       }
     }
     if (const std::string refusal = shared().store.memory()->take_refusal(); !refusal.empty()) {
-      service_.owner_.log("values are copied before they are sent over RDMA: " + refusal);
+      service_.owner_.log({"values are copied before they are sent over RDMA: ", refusal});
     }
   }
 

@@ -8,6 +8,7 @@
 
 #include <chrono>
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -37,7 +38,7 @@ class RdmaService {
     std::function<uint64_t()> next_id;
     std::function<void(const Session&)> joined;
     std::function<void(const Session&)> left;
-    std::function<void(std::string)> log;
+    std::function<void(std::initializer_list<std::string_view>)> log;  // does not throw
   };
 
   // Throws Error naming the address when it cannot listen: kUnavailable, kNotSupported, kDevice, kInvalid.

@@ -89,10 +89,16 @@ std::vector<std::string> Server::take_log() {
   return lines;
 }
 
-void Server::log(std::string line) {
-  const std::lock_guard lock(mutex_);
-  if (log_.size() == kMaxLogLines) log_.pop_front();
-  log_.push_back(std::move(line));
+void Server::log(std::initializer_list<std::string_view> parts) noexcept {
+  try {
+    std::string line;
+    for (const std::string_view part : parts) line += part;
+    const std::lock_guard lock(mutex_);
+    if (log_.size() == kMaxLogLines) log_.pop_front();
+    log_.push_back(std::move(line));
+  } catch (const std::bad_alloc&) {
+    ++counters_.refused_for_memory;
+  }
 }
 
 std::unique_ptr<RdmaService> Server::make_rdma() {
@@ -103,7 +109,7 @@ std::unique_ptr<RdmaService> Server::make_rdma() {
                          .next_id = next_id,
                          .joined = [this](const Session& session) { joined(session); },
                          .left = [this](const Session& session) { left(session); },
-                         .log = [this](std::string line) { log(std::move(line)); }},
+                         .log = [this](auto parts) { log(parts); }},
       options_.rdma);
 }
 

@@ -62,7 +62,8 @@ class Server {
   friend class Loop;
 
   void ask_to_stop();
-  void log(std::string line);
+  // A line of these parts. Without memory for it nothing is said: whoever has an error to tell goes on.
+  void log(std::initializer_list<std::string_view> parts) noexcept;
   std::string client_lines();
   static uint64_t next_id();  // of a session, in this process
   void joined(const Session& session);

@@ -491,6 +491,20 @@ TEST_CASE("connections over RDMA have a limit, and those that go make room") {
   CHECK(running.client()->ask({"PING"}) == "+PONG\r\n");
 }
 
+TEST_CASE("a server over RDMA without memory for a connection goes on, and counts it out") {
+  Running running;
+  const auto good = running.client();
+  running.network->set([](FakeFaults& faults) { faults.accepts_without_memory = 2; });
+  CHECK(running.client()->ask({"PING"}) == "+PONG\r\n");  // a later turn found some
+  CHECK(running.server->take_log().size() == 2);
+  running.network->set([](FakeFaults& faults) { faults.addresses_without_memory = 1; });
+  CHECK_THROWS_AS(running.client(), Error);
+  CHECK(eventually([&] { return running.counters().rdma_connections_now == 1; }));
+  CHECK(running.counters().connections_now == 1);
+  CHECK(good->ask({"PING"}) == "+PONG\r\n");
+  CHECK(running.client()->ask({"PING"}) == "+PONG\r\n");
+}
+
 TEST_CASE("clients that are lost in the middle of their replies leave nothing behind") {
   Running running;
   running.put("k", random_bytes(9 * kMiB, 16));

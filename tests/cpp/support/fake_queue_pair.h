@@ -134,7 +134,7 @@ class FakeQueuePair final : public QueuePair {
   std::array<int, 2> descriptors() const noexcept override { return {signal_.fd(), -1}; }
   void close() noexcept override;
   std::string description() const override { return "fake0, to " + target_; }
-  std::string peer_address() const override { return client_ ? target_ : "fake:client"; }
+  std::string peer_address() const override;
 
  private:
   friend class FakeNetwork;
@@ -199,6 +199,8 @@ struct FakeFaults {
   size_t inline_bytes = 64;
   size_t fail_client_post = 0;  // the so-many-th next send or write of a client cannot be posted; 0: none
   bool windows = true;          // make_window works; else null
+  size_t accepts_without_memory = 0;    // so many of the next accept() throw bad_alloc; who asked waits on
+  size_t addresses_without_memory = 0;  // the same for peer_address() of accepted queue pairs
   // Writes that are some device's matter: true when it has taken one.
   std::function<bool(uint64_t to, const void* from, size_t bytes)> device_write;
 };
@@ -608,7 +610,23 @@ inline FakeListener::~FakeListener() {
   for (FakeQueuePair* client : waiting_) client->fail("the connection was refused");
 }
 
+inline std::string FakeQueuePair::peer_address() const {
+  const std::lock_guard lock(network_.mutex_);
+  if (size_t& left = network_.faults_.addresses_without_memory; !client_ && left > 0) {
+    --left;
+    throw std::bad_alloc();
+  }
+  return client_ ? target_ : "fake:client";
+}
+
 inline std::unique_ptr<QueuePair> FakeListener::accept() {
+  {
+    const std::lock_guard lock(network_.mutex_);
+    if (size_t& left = network_.faults_.accepts_without_memory; left > 0) {
+      --left;
+      throw std::bad_alloc();
+    }
+  }
   signal_.clear();
   auto accepted = std::make_unique<FakeQueuePair>(
       network_, share_domain_ ? domain_ : std::make_shared<FakeDomain>(network_), false, "fake:client");
