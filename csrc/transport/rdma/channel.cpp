@@ -47,8 +47,7 @@ Channel::Channel(std::unique_ptr<QueuePair> queue_pair, const ChannelOptions& op
       send_memory_(std::max(options.send_buffer_bytes, 2 * kControlBytes)),
       receive_region_(queue_pair->domain()->register_memory(receive_memory_.span(), Access::kReceive)),
       send_region_(queue_pair->domain()->register_memory(send_memory_.span(), Access::kSource)),
-      queue_pair_(std::move(queue_pair)),
-      last_heard_(Clock::now()) {
+      queue_pair_(std::move(queue_pair)) {
   for (size_t slot = 0; slot < kReceiveDepth; ++slot) repost(slot);
 }
 
@@ -290,7 +289,6 @@ void Channel::handle(const Completion& completion) {
     return;
   }
   ++counters_.receives;
-  last_heard_ = Clock::now();
   if (completion.immediate) {
     handle_stream(completion);
   } else {

@@ -71,8 +71,6 @@ class Channel {
   bool window_full() const noexcept { return received_ == window_length_; }
   // Over all windows of the connection: turn() after turn(), also when a turn() filled a window.
   uint64_t total_received() const noexcept { return total_received_; }
-  // When anything came from the peer, keep-alives included, which a server sends every 3 s.
-  Clock::time_point last_heard() const noexcept { return last_heard_; }
 
   // --- sending
 
@@ -171,7 +169,6 @@ class Channel {
   uint64_t received_ = 0;
   uint32_t window_length_ = 0;
   uint64_t total_received_ = 0;
-  Clock::time_point last_heard_;
 
   std::optional<PeerWindow> peer_window_;
   uint64_t total_sent_ = 0;
