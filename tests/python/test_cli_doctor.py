@@ -14,6 +14,7 @@ from tests.support.checkpoints import Checkpoint
 from tests.support.fault_proxy import FaultProxy
 from tests.support.faults import Delay
 from tests.support.servers import RedisServer
+from tests.support.weight_server import WeightServer
 
 
 def checks_of(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> dict[str, Any]:
@@ -85,6 +86,11 @@ def test_a_store_is_described(
     assert checks["proto-max-bulk-len"]["value"] == "536.9 MB"
     server = f"redis://{redis_server.host}:{redis_server.port}"
     assert "model" not in checks_of(capsys, server)
+
+
+def test_our_own_server_goes_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with WeightServer() as server:
+        assert checks_of(capsys, server.url("m"))["server"]["value"] == f"rdmaload {rdmaload.__version__}"
 
 
 def test_a_server_that_evicts_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,9 +34,7 @@ def server_checks(connector: RedisConnector) -> Iterator[Check]:
             "grant it to see version and memory (ACL SETUSER ... +info)",
         )
         return
-    version = facts.get("valkey_version")
-    name = "valkey" if version else "redis"
-    yield Check("server", "ok", f"{name} {version or facts.get('redis_version', 'unknown')}")
+    yield Check("server", "ok", _name(facts))
     yield _keys(facts, connector.options.db)
     yield _memory(facts)
     yield _policy(facts)
@@ -64,6 +62,14 @@ def server_checks(connector: RedisConnector) -> Iterator[Check]:
 def _number(facts: Mapping[str, str], name: str) -> int:
     text = facts.get(name, "")
     return int(text) if text.isdecimal() else 0
+
+
+def _name(facts: Mapping[str, str]) -> str:
+    """Which server it is: all of them say that they are some Redis, too."""
+    for name in ("rdmaload", "valkey"):
+        if f"{name}_version" in facts:
+            return f"{name} {facts[f'{name}_version']}"
+    return f"redis {facts.get('redis_version', 'unknown')}"
 
 
 def _keys(facts: Mapping[str, str], db: int) -> Check:
