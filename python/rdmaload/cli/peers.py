@@ -403,7 +403,7 @@ def _main() -> None:
     else:
         importlib.import_module(PEERS[sys.argv[1]].module)
     if job["scheme"] == "s3":
-        job["bucket"] = _bucket(job)  # imports botocore, which ours needs as well
+        job["bucket"] = _bucket(job)  # imports botocore, too, which is on nobody's clock then, ours included
     cuda = job["device"].startswith("cuda")
     if cuda:
         torch.zeros(1, device=job["device"])  # making a context takes seconds that are no loader's
