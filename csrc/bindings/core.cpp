@@ -48,11 +48,16 @@ uint64_t crc_of(const std::string& kind, const py::object& data, uint64_t value)
 }  // namespace
 
 void register_core(py::module_& module) {
-  py::register_exception_translator([](std::exception_ptr pointer) {
+  // Local: other extensions that are built with pybind11 keep their own way with bad_alloc.
+  py::register_local_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);
     } catch (const Error& error) {
       py::set_error(python_error_class(error.code()), error.what());
+    } catch (const std::bad_alloc&) {
+      py::set_error(memory_error_class(),
+                    "the system gives this process no more memory: load less at once (include=, "
+                    "weight_iterator()), or raise its limit (ulimit -v)");
     }
   });
   module.def("crc32c", &crc32c_of, py::arg("data"), py::arg("value") = 0);

@@ -1,5 +1,6 @@
 #include "bindings/errors.h"
 
+#include <algorithm>
 #include <array>
 #include <string>
 
@@ -13,7 +14,7 @@ struct ClassOfCode {
   const char* name;
 };
 
-constexpr std::array<ClassOfCode, 9> kClasses{{
+constexpr std::array<ClassOfCode, 10> kClasses{{
     {ErrorCode::kUnavailable, "UnavailableError"},
     {ErrorCode::kTimeout, "LoadTimeoutError"},
     {ErrorCode::kAuthentication, "AuthenticationError"},
@@ -22,17 +23,19 @@ constexpr std::array<ClassOfCode, 9> kClasses{{
     {ErrorCode::kFormat, "FormatError"},
     {ErrorCode::kNotSupported, "NotSupportedError"},
     {ErrorCode::kDevice, "DeviceError"},
-    {ErrorCode::kCancelled, "RdmaloadError"},
+    {ErrorCode::kInvalid, "UrlError"},
+    {ErrorCode::kCancelled, "RdmaloadError"},  // the root, so last: the others match it, too
 }};
 
 }  // namespace
 
 py::object python_error_class(ErrorCode code) {
-  for (const ClassOfCode& entry : kClasses) {
-    if (entry.code == code) return py::module_::import("rdmaload.errors").attr(entry.name);
-  }
-  return py::reinterpret_borrow<py::object>(PyExc_ValueError);
+  const auto entry = std::find_if(kClasses.begin(), kClasses.end(),
+                                  [code](const ClassOfCode& one) { return one.code == code; });
+  return py::module_::import("rdmaload.errors").attr(entry->name);
 }
+
+py::object memory_error_class() { return py::module_::import("rdmaload.errors").attr("MemoryLimitError"); }
 
 Status status_of_exception(const py::error_already_set& error) {
   const std::string text = py::str(error.value());
@@ -42,6 +45,8 @@ Status status_of_exception(const py::error_already_set& error) {
       return Status(entry.code, text);
     }
   }
+  // Nothing that has a code; its text is complete all the same.
+  if (error.matches(errors.attr("RdmaloadError"))) return Status(ErrorCode::kNotSupported, text);
   const std::string named = std::string(py::str(error.type().attr("__name__"))) + ": " + text;
   if (error.matches(PyExc_TimeoutError)) return Status(ErrorCode::kTimeout, named);
   if (error.matches(PyExc_FileNotFoundError) || error.matches(PyExc_KeyError)) {

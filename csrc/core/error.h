@@ -18,7 +18,7 @@ enum class ErrorCode {
   kNotSupported,    // understood, but this build or store cannot do it
   kDevice,          // a GPU or NIC call failed
   kCancelled,       // the caller gave up
-  kInvalid,         // an argument makes no sense
+  kInvalid,         // a url, an option or another argument makes no sense
 };
 
 class Error : public std::runtime_error {

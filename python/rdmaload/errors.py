@@ -74,7 +74,7 @@ def _restore(cls: type[RdmaloadError], message: str, attributes: dict[str, objec
 
 
 class UrlError(RdmaloadError, ValueError):
-    """A url or an option is malformed, unknown, or given twice with different values."""
+    """A url or an option is malformed, unknown, given twice with different values, or nothing that the store takes."""
 
 
 class AuthenticationError(RdmaloadError, PermissionError):

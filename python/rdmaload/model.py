@@ -30,6 +30,7 @@ from rdmaload.errors import (
     PartialLoadError,
     RdmaloadError,
     UnavailableError,
+    UrlError,
 )
 from rdmaload.file_manifest import resolve_files
 from rdmaload.generations import resolve_any
@@ -319,7 +320,7 @@ class Model:
         options = self._connector.options
         window = options.window_bytes if window_bytes is None else window_bytes
         if window < 1:
-            raise ValueError(f"window_bytes must be positive, not {window}")
+            raise UrlError(f"{self.url}: window_bytes must be positive, not {window}", url=self.url)
         return window if options.max_host_bytes is None else min(window, options.max_host_bytes)
 
     def _stream(

@@ -180,7 +180,8 @@ Status HttpTransport::fetch(Read& read, SegmentCursor& cursor) {
       // The whole object may follow a 200: not even the beginning of it is of use.
       const std::string body = head.status == 200 ? "" : connection->receive_text(kErrorBodyBytes, patience);
       const ResponseHead answer = head;
-      pool_->give_back(route, std::move(connection));
+      // 421: what this connection leads to does not serve the file; another one may.
+      if (answer.status != 421) pool_->give_back(route, std::move(connection));
       if (is_redirect(answer.status) && !answer.location.empty()) {
         if (++redirects > kMaxRedirects) {
           return Status(ErrorCode::kUnavailable, context(read) + ": more than " +
@@ -295,6 +296,10 @@ Status HttpTransport::refusal(const Read& read, const Place& place, const Respon
       context(read) + " (" + place.url().shown() + "): the server answered " + std::to_string(head.status);
   if (!document.code.empty()) said += " " + document.code;
   if (!document.message.empty()) said += ", \"" + document.message + "\"";
+  if (document.code == "InvalidObjectState" || document.code == "BlobArchived") {
+    return Status(ErrorCode::kNotSupported, said + ": it is archived; restore it first");
+  }
+  // As HttpClient.meaning says of the same answers.
   switch (head.status) {
     case 200:
       return Status(ErrorCode::kNotSupported,
@@ -302,15 +307,21 @@ Status HttpTransport::refusal(const Read& read, const Place& place, const Respon
                         " with the whole file where a range was asked for: it does not support ranges, which "
                         "loading needs. Use a server that does");
     case 401:
+    case 402:
     case 403:
     case 407:
+    case 451:
       return Status(ErrorCode::kAuthentication, said + ": check the credentials and what they may read");
     case 404:
     case 410:
       return Status(ErrorCode::kNotFound, said + ": there is no such file (any more)");
     case 408:
+    case 409:
+    case 421:
+    case 423:
+    case 425:
     case 429:
-      return Status(ErrorCode::kUnavailable, said);
+      return Status(ErrorCode::kUnavailable, said + ": it cannot serve the file now");
     case 412:
       return Status(ErrorCode::kIntegrity,
                     said + ": it was replaced after it was listed; open the model again");
@@ -321,21 +332,26 @@ Status HttpTransport::refusal(const Read& read, const Place& place, const Respon
                                                std::to_string(read.object_bytes) +
                                                ": it was replaced after it was listed; open the model again");
     }
+    case 405:
     case 501:
     case 505:
-      return Status(ErrorCode::kNotSupported, said);
+      return Status(ErrorCode::kNotSupported, said + ": it does not answer such requests");
     default:
       break;
   }
-  if (head.status >= 500) return Status(ErrorCode::kUnavailable, said);
+  if (head.status >= 500) return Status(ErrorCode::kUnavailable, said + ": it cannot serve the file now");
   if (is_redirect(head.status)) {
-    return Status(ErrorCode::kInvalid,
-                  said + " without saying where the file is: the bucket may be in another region");
+    return Status(ErrorCode::kInvalid, said +
+                                           " without saying where the file is: correct the url, or give the "
+                                           "region= that the bucket is in");
   }
+  if (head.status < 400) return Status(ErrorCode::kFormat, said + ", which is no answer to such a request");
   if (document.code == "RequestTimeout" || document.code == "SlowDown")
     return Status(ErrorCode::kUnavailable, said);
-  if (is_expired_document(document)) return Status(ErrorCode::kAuthentication, said);
-  return Status(ErrorCode::kInvalid, said);
+  if (is_expired_document(document)) {
+    return Status(ErrorCode::kAuthentication, said + ": renew the credentials, or the url's signature");
+  }
+  return Status(ErrorCode::kInvalid, said + ": check the url and the options");
 }
 
 }  // namespace rdmaload::http

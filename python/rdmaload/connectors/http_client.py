@@ -142,7 +142,7 @@ class HttpClient:
     def request(
         self, method: str, url: str, headers: Headers, *, more: Iterable[tuple[str, str]] = (), key: str | None = None
     ) -> Response:
-        """One request, redirects followed; every status but 5xx and 429 is the caller's to judge.
+        """One request, redirects followed; every status that does not pass by itself is the caller's to judge.
 
         `headers` are for the server of `url` alone, `more` for every one. To be called from within `tried`.
         """
@@ -166,7 +166,7 @@ class HttpClient:
                         key=key,
                     )
                 continue
-            if (response.status >= 500 and response.status not in (501, 505)) or response.status in (408, 429):
+            if _passes(response.status):
                 with response:
                     raise _Refused(self.meaning(response, key), _retry_after(response))
             return response
@@ -177,24 +177,26 @@ class HttpClient:
         )
 
     def meaning(self, response: Response, key: str | None = None) -> RdmaloadError:
-        """The error that a status is."""
+        """The error that a status is; the native transport says the same of the answers that it gets."""
         status = response.status
-        kind: type[RdmaloadError] = RdmaloadError
-        hint = ""
-        if status in (401, 403, 407):
+        kind: type[RdmaloadError] = UrlError
+        hint = "Check the url and the options"
+        if status in (401, 402, 403, 407, 451):
             kind, hint = AuthenticationError, _WHO
         elif status in (404, 410):
             kind, hint = NotFoundError, "Check the url"
-        elif status == 412:
+        elif status in (412, 416):
             kind, hint = IntegrityError, "It was replaced after the model was opened: open it again"
         elif status in (405, 501, 505):
-            kind = NotSupportedError
-        elif status >= 500 or status in (408, 429):
-            kind = UnavailableError
+            kind, hint = NotSupportedError, "The server does not answer such requests"
+        elif _passes(status):
+            kind, hint = UnavailableError, "It cannot serve this now"
         elif status in _REDIRECTS:
-            kind = UrlError
+            hint = "It does not say where to go from there: correct the url"
+        elif status < 400:
+            kind, hint = FormatError, "That is no answer to such a request"
         text = f"{self._place(key)}: {shown_url(response.url)} answered {status}"
-        return kind(f"{text}. {hint}" if hint else text, url=self._url, key=key)
+        return kind(f"{text}. {hint}", url=self._url, key=key)
 
     def _place(self, key: str | None) -> str:
         return f"{key} in {self._url}" if key else self._url
@@ -291,6 +293,11 @@ def shown_url(url: str) -> str:
     """A url without user and query, which may be secrets."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _passes(status: int) -> bool:
+    """Whether the same request may succeed a little later."""
+    return status in (408, 409, 421, 423, 425, 429) or (status >= 500 and status not in (501, 505))
 
 
 def _retry_after(response: Response) -> float:
