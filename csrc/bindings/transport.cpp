@@ -109,15 +109,18 @@ std::string rdma_way(std::string host, int port, std::string device, std::option
   return session.description();
 }
 
+// The last owner may go without the GIL.
+std::shared_ptr<py::function> held_anywhere(py::function function) {
+  return {new py::function(std::move(function)), [](py::function* doomed) {
+            py::gil_scoped_acquire acquire;
+            delete doomed;
+          }};
+}
+
 // An Addresses function of Python: (object, refused) -> (url, headers, etag, proxy, proxy authorization,
 // seconds that it lasts or None).
 http::Addresses python_addresses(py::function function) {
-  // The last owner may go without the GIL.
-  const std::shared_ptr<py::function> held(new py::function(std::move(function)), [](py::function* doomed) {
-    py::gil_scoped_acquire acquire;
-    delete doomed;
-  });
-  return [held](const std::string& object, bool refused) {
+  return [held = held_anywhere(std::move(function))](const std::string& object, bool refused) {
     py::gil_scoped_acquire acquire;
     try {
       using Headers = std::vector<std::pair<std::string, std::string>>;
@@ -139,14 +142,31 @@ http::Addresses python_addresses(py::function function) {
   };
 }
 
+// A TlsContext, or a function of Python that makes one when it is needed; none: https is refused.
+std::function<std::shared_ptr<const TlsContext>()> python_tls(const py::object& given) {
+  if (given.is_none()) return {};
+  if (!PyCallable_Check(given.ptr())) {
+    return [context = py::cast<std::shared_ptr<TlsContext>>(given)] { return context; };
+  }
+  return [held = held_anywhere(py::cast<py::function>(given))]() -> std::shared_ptr<const TlsContext> {
+    py::gil_scoped_acquire acquire;
+    try {
+      return py::cast<std::shared_ptr<TlsContext>>((*held)());
+    } catch (const py::error_already_set& error) {
+      const Status status = status_of_exception(error);
+      throw Error(status.code(), status.message());
+    }
+  };
+}
+
 std::shared_ptr<http::HttpTransport> make_http(py::function addresses, int connections,
                                                double connect_timeout, double inactivity_timeout,
-                                               double stall_timeout, std::shared_ptr<const TlsContext> tls,
+                                               double stall_timeout, const py::object& tls,
                                                std::string name) {
   using Seconds = std::chrono::duration<double>;
   return released_on_delete(new http::HttpTransport(
       {python_addresses(std::move(addresses)), connections, Seconds(connect_timeout),
-       Seconds(inactivity_timeout), Seconds(stall_timeout), std::move(tls), std::move(name)}));
+       Seconds(inactivity_timeout), Seconds(stall_timeout), python_tls(tls), std::move(name)}));
 }
 
 // `entries` has a name and a description per file of the store: (object, bytes, first block, name,

@@ -119,7 +119,7 @@ class HttpTransport(Transport):
         connect_timeout: float = 10.0,
         inactivity_timeout: float = 30.0,
         stall_timeout: float = 2.0,
-        tls: TlsContext | None = None,
+        tls: TlsContext | Callable[[], TlsContext] | None = None,
         name: str = "http",
     ) -> None: ...
 

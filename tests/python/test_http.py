@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import rdmaload
-from rdmaload.connectors import FileConnector, connector_for, http_client
+from rdmaload.connectors import FileConnector, connector_for, http_client, http_files
 from rdmaload.connectors.http_listing import listed_directory, listed_files, weight_index_files
 from rdmaload.errors import (
     AuthenticationError,
@@ -292,9 +292,17 @@ def test_authorities_are_read_where_a_server_speaks_tls_also_behind_a_redirect(
         made.append(url)
         return python_context(options, url=url)
 
+    native: list[str] = []
+    native_context = http_files.native_context
+
+    def counted_natively(options: Options, *, url: str) -> object:
+        native.append(url)
+        return native_context(options, url=url)
+
     monkeypatch.setattr(http_client, "python_context", counted)
-    rdmaload.open(f"{served.endpoint}/m").close()
-    assert made == []
+    monkeypatch.setattr(http_files, "native_context", counted_natively)
+    assert_loaded(rdmaload.load(f"{served.endpoint}/m"), tiny_checkpoint)
+    assert (made, native) == ([], [])
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.ca_file))
     objects = objects_of(tiny_checkpoint)
     with HttpObjects(objects, apache_pages(objects), tls=authority.issue()) as secured:
@@ -304,7 +312,25 @@ def test_authorities_are_read_where_a_server_speaks_tls_also_behind_a_redirect(
 
         with HttpObjects({}, redirects) as front:
             assert_loaded(rdmaload.load(f"{front.endpoint}/m"), tiny_checkpoint)
-    assert len(made) == 1
+            assert (len(made), len(native)) == (1, 1)
+
+
+def test_weights_behind_a_redirect_to_a_server_that_nobody_vouches_for_are_refused_by_url_and_file(
+    served: HttpObjects, tiny_checkpoint: Checkpoint, authority: Authority
+) -> None:
+    honestly = served.answer
+    with HttpObjects(served.objects, tls=authority.issue()) as secured:
+
+        def redirects(request: Request, honest: Reply) -> Reply:
+            if request.range is None or request.range[0] <= 8:
+                return honestly(request, honest)
+            return Reply(302, {"Location": f"{secured.endpoint.replace('http:', 'https:')}{request.target}"})
+
+        served.answer = redirects
+        with pytest.raises(AuthenticationError, match="certificate") as caught:
+            rdmaload.load(f"{served.endpoint}/m", retry_timeout=0.1)
+    assert caught.value.url == f"{served.endpoint}/m"
+    assert caught.value.key is not None
 
 
 def test_a_redirect_is_followed_without_the_credentials(served: HttpObjects, tiny_checkpoint: Checkpoint) -> None:

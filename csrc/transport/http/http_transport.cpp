@@ -84,6 +84,14 @@ HttpTransport::~HttpTransport() {
   stop();
 }
 
+// Null where no TLS is spoken: to read the system's authorities takes longer than to load a small model.
+const TlsContext* HttpTransport::tls_of(const Route& route) {
+  if (!route.server.tls || !options_.tls) return nullptr;
+  const std::lock_guard making(tls_mutex_);
+  if (!tls_) tls_ = options_.tls();
+  return tls_.get();
+}
+
 std::string HttpTransport::context(const Read& read) const {
   return options_.name + " file '" + read.object + "'";
 }
@@ -166,7 +174,7 @@ Status HttpTransport::fetch(Read& read, SegmentCursor& cursor) {
     try {
       if (!connection) {
         connection = std::make_unique<Connection>(
-            connect(route, options_.tls.get(), Deadline::after(options_.connect_timeout), give_up));
+            connect(route, tls_of(route), Deadline::after(options_.connect_timeout), give_up));
       }
       const ResponseHead& head = connection->request(request_text(read, cursor, *place), patience);
       // Some (rclone serve s3) say 200 and send the range all the same; which bytes they send, they must say.

@@ -44,8 +44,10 @@ struct TransportOptions {
   std::chrono::duration<double> connect_timeout{10};
   std::chrono::duration<double> inactivity_timeout{30};
   std::chrono::duration<double> stall_timeout{2};  // doubles with every time that a read is asked for again
-  std::shared_ptr<const TlsContext> tls;           // null: https is refused
-  std::string name;                                // for messages: the url without secrets
+  // Called once, when https is first spoken, be it after a redirect; empty: https is refused. Throws an
+  // Error.
+  std::function<std::shared_ptr<const TlsContext>()> tls;
+  std::string name;  // for messages: the url without secrets
 };
 
 class HttpTransport final : public ThreadedTransport {
@@ -67,6 +69,7 @@ class HttpTransport final : public ThreadedTransport {
                                        bool refused);
   std::shared_ptr<const Place> redirected(const std::string& object, const std::shared_ptr<const Place>& from,
                                           const std::string& location);
+  const TlsContext* tls_of(const Route& route);
   std::string context(const Read& read) const;
   std::string request_text(const Read& read, const SegmentCursor& cursor, const Place& place) const;
   Status check_range(const Read& read, const SegmentCursor& cursor, const Place& place,
@@ -80,6 +83,8 @@ class HttpTransport final : public ThreadedTransport {
   std::mutex mutex_;
   std::mutex asking_;  // held while Addresses runs; taken before mutex_
   std::map<std::string, std::shared_ptr<const Place>> places_;  // Guarded by mutex_.
+  std::mutex tls_mutex_;                                        // held while it is made
+  std::shared_ptr<const TlsContext> tls_;                       // Guarded by tls_mutex_ until it is there.
 };
 
 }  // namespace rdmaload::http

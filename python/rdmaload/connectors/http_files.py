@@ -94,19 +94,20 @@ class HttpFiles(FileConnector):
         from rdmaload import _core
 
         options = self.options
-        tls = None
-        try:
-            tls = native_context(options, url=self.url)
-        except NotSupportedError:  # without OpenSSL, http:// works all the same
-            if urlsplit(self.file_url("x")).scheme == "https":
-                raise
+
+        def tls() -> _core.TlsContext:
+            return native_context(options, url=self.url)
+
+        # A file that cannot be used, or no OpenSSL, is better known at once. Else it is made when a redirect leads to
+        # https: to read the system's authorities takes longer than to load a small model.
+        secured = urlsplit(self.file_url("x")).scheme == "https"
         transport: object = _core.HttpTransport(
             self._address,
             connections=self.connections,
             connect_timeout=options.connect_timeout,
             inactivity_timeout=options.inactivity_timeout,
             stall_timeout=options.stall_timeout,
-            tls=tls,
+            tls=tls() if secured else tls,
             name=self.url,
         )
         return transport

@@ -191,7 +191,7 @@ struct HttpsStore {
     options.name = "https://test";
     TlsOptions tls;
     tls.ca_file = testing::write_pem(directory, "ca.pem", authority.x509.get());
-    options.tls = std::make_shared<TlsContext>(tls);
+    options.tls = [context = std::make_shared<const TlsContext>(tls)] { return context; };
     return std::make_unique<http::HttpTransport>(std::move(options));
   }
 };

@@ -491,7 +491,7 @@ TEST_CASE("https goes through a proxy as a tunnel, which sees neither the reques
     TransportOptions options = options_for(proxy);
     TlsOptions tls;
     tls.ca_file = rdmaload::testing::write_pem(directory, "ca.pem", authority.x509.get());
-    options.tls = std::make_shared<TlsContext>(tls);
+    options.tls = [context = std::make_shared<const TlsContext>(tls)] { return context; };
     options.connect_timeout = 4 * kMilliseconds50;
     options.addresses = [&](const std::string&, bool) {
       return Address{"https://store.invalid/o?sig=SECRET",
