@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import torch
 
 import rdmaload
-from rdmaload.connectors import FileConnector, connector_for, http_client, http_files
+from rdmaload.connectors import FileConnector, connector_for, http, http_client, http_files
 from rdmaload.connectors.http_listing import listed_directory, listed_files, weight_index_files
 from rdmaload.errors import (
     AuthenticationError,
@@ -498,3 +500,58 @@ def test_the_command_line_knows_http(served: HttpObjects, capsys: pytest.Capture
     assert main(["load", url, "-o", "headers=X-Key: hush"]) == 0
     assert main(["ls", url, "-o", "headers=hush"]) == 2
     assert "hush" not in "".join(capsys.readouterr())
+
+
+_ODD = "my modèl (1) a+b&c=d;e,f@g:h 100%41 [x]~!'$*"
+
+
+@pytest.mark.parametrize("listing", ["html", "json", "off"])
+def test_names_with_spaces_and_unicode_are_one_model_however_the_url_writes_them(
+    listing: str, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    folder = tmp_path / "web" / _ODD
+    shutil.copytree(tiny_checkpoint.directory, folder)
+    for path in sorted(folder.glob("*.safetensors")):
+        path.rename(folder / f"wéights #{path.name}")
+    odd = {f"wéights #{path.name}" for path in tiny_checkpoint.directory.glob("*.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: name for name in odd}}))
+    (folder / "my files.txt").write_text("\n".join(sorted({*odd, "config.json"})))
+    quoted = quote(_ODD, safe="")
+    spellings = [_ODD.replace("%", "%25"), quoted, quoted.replace("%20", " ").replace("%2B", "+"), quoted.lower()]
+    with Nginx(tmp_path / "web", listing=listing) as server:
+        for number, spelling in enumerate(spellings):
+            url = f"{server.endpoint}/{spelling}"
+            stats = LoadStats()
+            assert_loaded(rdmaload.load(url, cache_dir=tmp_path / "cache", stats=stats), tiny_checkpoint)
+            assert (stats.path == "http") == (stats.cached_bytes < stats.read_bytes) == (number == 0)
+            pulled = rdmaload.pull_files(url, tmp_path / f"pulled {number}", allow_pattern=["*"])
+            for path in folder.iterdir():
+                if listing != "off" or path.name in odd | {"config.json"}:
+                    assert (pulled / path.name).read_bytes() == path.read_bytes()
+            assert odd < set(paths(url, listing="my files.txt"))
+            assert odd < set(paths(url, listing=f"{url}/my files.txt"))
+            one = sorted(odd)[0]
+            assert paths(f"{url}/{one.replace('#', '%23')}") == [one]
+
+
+def test_a_query_with_spaces_and_a_redirect_to_names_as_they_are_work(
+    served: HttpObjects, tiny_checkpoint: Checkpoint
+) -> None:
+    moved = {path.replace("/m/", "/ä b/"): data for path, data in served.objects.items()}
+
+    def redirects(request: Request, honest: Reply) -> Reply:
+        if request.path.startswith("/m/"):
+            assert request.query == {"who": "ä b", "sig": "a+b"} or not request.query
+            place = f"/ä b/{request.path.removeprefix('/m/')}".encode().decode("latin-1")
+            return Reply(302, {"Location": place})
+        return honest
+
+    objects = {**moved, "/l.txt": "\n".join(path.removeprefix("/ä b/") for path in moved).encode()}
+    with HttpObjects(objects, redirects) as server:
+        url = f"{server.endpoint}/m?who=ä b&sig=a%2Bb"
+        assert_loaded(rdmaload.load(url, listing="../l.txt"), tiny_checkpoint)
+        with pytest.raises(UrlError, match="names a host that cannot be one"):
+            connector_for(f"http://{'ä' * 99}/m")
+    with connector_for("http://bücher.example:81/m") as connector:
+        assert isinstance(connector, http.HttpConnector)
+        assert connector.file_url("a b") == "http://xn--bcher-kva.example:81/m/a%20b"

@@ -24,6 +24,21 @@ std::string_view without_query(std::string_view text) { return text.substr(0, te
       "the url " + (printable ? "'" + std::string(without_query(text)) + "' " : "") + std::string(why));
 }
 
+// Some servers send names as they are where a url is to be encoded.
+std::string sendable(std::string_view text) {
+  constexpr std::string_view kHex = "0123456789ABCDEF";
+  std::string result;
+  for (const char c : text) {
+    const auto byte = static_cast<unsigned char>(c);
+    if (byte > ' ' && byte < 0x7f) {
+      result += c;
+    } else {
+      result += {'%', kHex[byte >> 4], kHex[byte & 15]};
+    }
+  }
+  return result;
+}
+
 }  // namespace
 
 std::string Url::authority() const {
@@ -79,16 +94,17 @@ Url parse_url(std::string_view text) {
   return url;
 }
 
-Url resolve_location(const Url& base, std::string_view location) {
+Url resolve_location(const Url& base, std::string_view given) {
+  const std::string location = sendable(given);
   if (location.find("://") != std::string_view::npos &&
       location.find("://") < location.find_first_of("/?#") + 1) {
     return parse_url(location);
   }
   const std::string origin = (base.tls ? "https://" : "http://") + base.authority();
-  if (location.starts_with("//")) return parse_url((base.tls ? "https:" : "http:") + std::string(location));
-  if (location.starts_with('/')) return parse_url(origin + std::string(location));
+  if (location.starts_with("//")) return parse_url((base.tls ? "https:" : "http:") + location);
+  if (location.starts_with('/')) return parse_url(origin + location);
   const std::string_view path = without_query(base.target);
-  return parse_url(origin + std::string(path.substr(0, path.rfind('/') + 1)) + std::string(location));
+  return parse_url(origin + std::string(path.substr(0, path.rfind('/') + 1)) + location);
 }
 
 }  // namespace rdmaload::http

@@ -13,7 +13,7 @@ from typing import ClassVar
 from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
 from rdmaload.connectors.connector import FileInfo
-from rdmaload.connectors.http_client import Headers, shown_url
+from rdmaload.connectors.http_client import Headers, sendable, shown_url
 from rdmaload.connectors.http_files import HttpFiles, credentials_header, is_hidden
 from rdmaload.connectors.http_listing import Listing, listed_directory, listed_files, weight_index_files
 from rdmaload.connectors.tls import check_tls_options
@@ -64,14 +64,20 @@ class HttpConnector(HttpFiles):
         if not url.host:
             raise UrlError(f"{self.url} names no host", url=self.url)
         check_tls_options(self.options, url=self.url, tls=url.scheme == "https", write="https://")
-        self._query = parts.query
-        directory, name = posixpath.split(parts.path)
+        self._query = sendable(parts.query)
+        path = sendable(parts.path)
+        directory, name = posixpath.split(path)
         self._named = ""  # a file of the model that the url names instead of the directory
         if name.endswith((".safetensors", ".safetensors.index.json")):
             self._named = unquote(name)
         else:
-            directory = parts.path
-        place = (url.scheme, parts.netloc.rpartition("@")[2], directory.rstrip("/") + "/")
+            directory = path
+        server = parts.netloc.rpartition("@")[2]
+        try:
+            server = server if server.isascii() else server.encode("idna").decode()
+        except UnicodeError as err:
+            raise UrlError(f"{self.url} names a host that cannot be one: {err}", url=self.url) from err
+        place = (url.scheme, server, directory.rstrip("/") + "/")
         self._base = urlunsplit((*place, "", ""))
         password = self.options.read_password(url=self.url)
         self._own = (*self._headers, *credentials_header(self.options.username, password))
@@ -90,7 +96,9 @@ class HttpConnector(HttpFiles):
         found = self._find()
         for path in found:
             self._check(path)  # ".." would count as hidden
-        return self.infos({path: size for path, size in found.items() if not is_hidden(path)})
+        # A cache knows files by their tags, which no listing tells.
+        unknown = self.options.cache_dir is not None
+        return self.infos({path: None if unknown else size for path, size in found.items() if not is_hidden(path)})
 
     def _find(self) -> Listing:
         if self._named.endswith(".json"):
@@ -129,7 +137,7 @@ class HttpConnector(HttpFiles):
     def _named_by_listing(self, name: str) -> Listing:
         if "://" in name and urlsplit(name).netloc != urlsplit(self._base).netloc:
             raise UrlError(f"{self.url}: listing={shown_url(name)} is on another server", url=self.url)
-        url = urljoin(self._base, name if "://" in name else quote(name, safe="/"))
+        url = urljoin(self._base, sendable(name) if "://" in name else quote(name, safe="/"))
         body = self._get(self._with_query(url), must=True)
         try:
             found = listed_files(body or b"")

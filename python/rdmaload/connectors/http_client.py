@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urljoin, urlsplit, urlunsplit
+from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 from rdmaload.connectors.proxies import Proxies
 from rdmaload.connectors.tls import failure_passes, meaning_of_failure, python_context
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from urllib3.connectionpool import HTTPSConnectionPool
     from urllib3.poolmanager import PoolManager
 
-__all__ = ["Headers", "HttpClient", "Response", "shown_url"]
+__all__ = ["Headers", "HttpClient", "Response", "sendable", "shown_url"]
 
 Headers = tuple[tuple[str, str], ...]
 _Result = TypeVar("_Result")
@@ -154,7 +154,8 @@ class HttpClient:
             sent |= dict(headers) if same else {}
             response = self._send(method, url, sent, key)
             self._has_answered = True
-            location = response.header("location")
+            # A header's bytes are read as Latin-1; some servers send a name as it is.
+            location = sendable(response.header("location").encode("latin-1"))
             if response.status in _REDIRECTS and location:
                 with response:
                     url = urljoin(url, location)
@@ -287,6 +288,15 @@ _WHO = (
     "Give credentials: password_env=NAME of a variable that holds a token (with username=, a password), or headers=; "
     "or see what they may read"
 )
+
+
+def sendable(text: str | bytes) -> str:
+    """A url, or a part of one, with what a request cannot hold percent-encoded; what is encoded already stays.
+
+    >>> sendable("/my models/l%20l\u00e9?sig=a+b%3D")
+    '/my%20models/l%20l%C3%A9?sig=a+b%3D'
+    """
+    return quote(text, safe="!#$%&'()*+,/:;=?@[]~")
 
 
 def shown_url(url: str) -> str:

@@ -120,13 +120,15 @@ def _html_directory(text: str, url: str) -> Listing:
     for link in parser.links:
         try:
             target = urlsplit(urljoin(urljoin(url, parser.base), link.strip()))
-            name = unquote(target.path.removeprefix(place.path), errors="strict")
+            path = unquote(target.path, errors="strict")
         except (ValueError, UnicodeDecodeError):  # no url, or no name that we could ask for
             continue
         same = (target.scheme, target.netloc) == (place.scheme, place.netloc)
         # Links to sort by another column have a query; parents, and other places, are no children.
-        if not same or target.query or target.fragment or not target.path.startswith(place.path):
+        # Servers differ in which characters they encode.
+        if not same or target.query or target.fragment or not path.startswith(unquote(place.path)):
             continue
+        name = path.removeprefix(unquote(place.path))
         if name.rstrip("/") not in ("", ".", "..") and "/" not in name.removesuffix("/"):
             found[name] = None
     return found

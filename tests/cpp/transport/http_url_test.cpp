@@ -63,6 +63,7 @@ TEST_CASE("a Location is an absolute url, or relative to what was asked") {
   CHECK(shown("/x?next=http://evil/") == "http://h:81/x");
   CHECK(shown("x?next=http://evil/") == "http://h:81/dir/x");
   CHECK(resolve_location(base, "/x").same_server(base));
+  CHECK(resolve_location(base, "/a b\xc3\xa9%20c?q=\xc3\xa9").target == "/a%20b%C3%A9%20c?q=%C3%A9");
   CHECK_FALSE(resolve_location(base, "https://h:81/x").same_server(base));
   CHECK_THROWS_AS(resolve_location(base, "ftp://h/x"), Error);
 }
