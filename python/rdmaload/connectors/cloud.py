@@ -68,13 +68,15 @@ class GcsConnector(ObstoreConnector):
             client.close()
 
     def _digest(self, client: HttpClient, path: str) -> FileDigest | None:
-        """The CRC32C that the store keeps of every object: in the head of a read of one byte, as urls are for GET."""
+        """The CRC32C that the store keeps of every object, of the content that is pinned."""
+        etag = self._etags.get(path)
+        if etag is None:
+            return None
 
         def ask() -> FileDigest | None:
-            url, headers, _ = self._signed(self._key(path))
-            more = [("Range", "bytes=0-0"), ("If-Match", self._etags[path])] if path in self._etags else []
-            with client.request("GET", url, (*headers, *more), key=path) as response:
-                return digest_of_headers(response.header) if response.status == 206 else None
+            url, headers, _ = self._signed(self._key(path), "HEAD")
+            with client.request("HEAD", url, (*headers, ("If-Match", etag)), key=path) as response:
+                return digest_of_headers(response.header) if response.status == 200 else None
 
         try:
             return client.tried(ask)

@@ -16,7 +16,7 @@ import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 from urllib.parse import quote, unquote, urlsplit
 
 from rdmaload.connectors.connector import FileInfo
@@ -169,8 +169,8 @@ class ObstoreConnector(ObjectConnector):
         )
         return transport
 
-    def _signed(self, key: str) -> tuple[str, Headers, float | None]:
-        """A url to read a key by, its headers, and for how many seconds."""
+    def _signed(self, key: str, method: Literal["GET", "HEAD"] = "GET") -> tuple[str, Headers, float | None]:
+        """A url to read a key by, or to ask about it, its headers, and for how many seconds."""
         store = self._store()
         found = self._own_address(key)
         if found is not None:
@@ -180,7 +180,7 @@ class ObstoreConnector(ObjectConnector):
         # obstore leaves "%", "?" and "#" as they are in names of some stores: what it made of the name shows it.
         for name in dict.fromkeys((key, quote(key, safe="/"))):
             with self._translated("sign a url for", key.removeprefix(self._prefix)):
-                url: str = obstore.sign(store, "GET", name, datetime.timedelta(seconds=URL_SECONDS))
+                url: str = obstore.sign(store, method, name, datetime.timedelta(seconds=URL_SECONDS))
             if unquote(urlsplit(url).path).endswith(f"/{key}"):
                 return url, (), GOOD_SECONDS
         raise NotSupportedError(f"{self.url}: obstore signs no url for the name {key}", url=self.url, key=key)
