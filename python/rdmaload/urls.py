@@ -89,13 +89,17 @@ def redact(text: str) -> str:
     scheme, separator, rest = text.partition("://")
     if not separator:
         return text
+    scheme = scheme.lower()
     before, at, after = rest.rpartition("@")
-    if at:
+    if at and not (scheme == "file" and rest.startswith("/")):  # whose names may hold an "@"
         user, colon, _ = before.partition(":")
-        rest = f"{user}:{SECRET_TEXT}@{after}" if colon else f"{SECRET_TEXT}@{after}"
+        if colon:
+            rest = f"{user}:{SECRET_TEXT}@{after}"
+        elif scheme != "hf":  # where a revision follows
+            rest = f"{SECRET_TEXT}@{after}"
     head, question, query = rest.partition("?")
-    shown = _redact_query(query, everything=scheme.lower() in _OPTIONLESS_SCHEMES)
-    return f"{scheme}://{head}{question}{shown}"
+    shown = _redact_query(query, everything=scheme in _OPTIONLESS_SCHEMES)
+    return f"{text.partition('://')[0]}://{head}{question}{shown}"
 
 
 def parse_url(url: str | PathLike[str] | Url, *, require_model: bool = True) -> Url:
@@ -183,6 +187,8 @@ def _file_url(text: str, authority: str, path_text: str, query: dict[str, str]) 
 
 def _hf_url(text: str, start: str, head: str, query_text: str, query: dict[str, str]) -> Url:
     """A repository has neither host nor user: what follows "@" is a revision, slashes included."""
+    if ":" in head.partition("@")[0]:
+        _refuse(text, "names a user: write hf://ORGANISATION/MODEL, and give a token by password_env=NAME or HF_TOKEN")
     repository, at, revision = (_decode(text, part) for part in head.partition("@"))
     shown = start + head + ("?" + _redact_query(query_text, everything=False) if query_text else "")
     segments = repository.removesuffix("/").split("/")

@@ -135,6 +135,10 @@ def test_a_server_without_a_model_when_asked_for() -> None:
             "redis://h/m?password_file=/f&password_env=E",
         ),
         ("https://u:s3cret@h/m?x=s3cret", "https://u:***@h/m?x=***"),
+        ("https://u:s3cret@h/m@1/a:b@c", "https://u:***@h/m@1/a:b@c"),
+        ("hf://org/model@refs/pr/1?password=s3cret", "hf://org/model@refs/pr/1?password=***"),
+        ("file:///models/a:b@c/llama@2", "file:///models/a:b@c/llama@2"),
+        ("s3://bucket/llama@2?password=s3cret", "s3://bucket/llama@2?password=***"),
     ],
 )
 def test_redacted_keeps_all_but_the_secrets(text: str, shown: str) -> None:
@@ -159,6 +163,10 @@ def test_redacted_keeps_all_but_the_secrets(text: str, shown: str) -> None:
         "redis://h?password=s3cret",
         "redis://h/m?db=1&db=2&password=s3cret",
         "file://u:s3cret@h/m",
+        "hf://u:s3cret@org/model",
+        "hf://u:s3cret@org/model@main",
+        "https://s3cret@h:x/m",
+        "s3://u:s3cret@h:x/m@1",
         "HTTPS://h:x/m?sig=s3cret",
     ],
 )

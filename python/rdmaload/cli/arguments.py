@@ -18,8 +18,9 @@ from itertools import pairwise
 from typing import Any, NoReturn, TypeAlias
 
 from rdmaload.cli.exits import MEANINGS, UsageError
+from rdmaload.errors import UrlError
 from rdmaload.options import Options, parse_size, takes_none
-from rdmaload.urls import SECRET_TEXT, is_secret_option, redact
+from rdmaload.urls import SECRET_TEXT, is_secret_option, parse_url, redact
 
 __all__ = [
     "ENVIRONMENT",
@@ -86,12 +87,17 @@ def redact_arguments(message: str, arguments: Sequence[str]) -> str:
 
 
 def _redacted(argument: str) -> str:
-    if "://" in argument:
-        return redact(argument)
     matched = _OPTION.fullmatch(argument)
     if matched and is_secret_option(matched.group(2)):
         return matched.group(1) + SECRET_TEXT
-    return argument
+    start = matched.group(1) if matched else ""
+    url = argument.removeprefix(start)
+    if "://" not in url:
+        return argument
+    try:
+        return start + parse_url(url, require_model=False).redacted
+    except UrlError:  # which part of it is a user cannot be told
+        return start + redact(url)
 
 
 def add_command(
