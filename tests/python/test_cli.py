@@ -15,6 +15,7 @@ import torch
 import rdmaload
 from rdmaload import Progress
 from rdmaload.cli import main
+from rdmaload.cli.arguments import redact_arguments
 from rdmaload.cli.exits import UsageError, exit_code
 from rdmaload.connectors.memory import MemoryConnector, forget_store
 from rdmaload.urls import parse_url
@@ -223,6 +224,10 @@ def test_ls_lists_models_and_files(saved: str, tiny_checkpoint: Checkpoint, caps
     assert main(["ls", STORE]) == 0
     assert capsys.readouterr().out == "org/tiny\nother\n"
     assert run_failing(capsys, "ls", f"{STORE}/nobody")[0] == 3
+    for url in ("/no/such/place", "file:///no/such/place"):
+        for more in ([], ["--scan"]):
+            code, message = run_failing(capsys, "ls", url, *more)
+            assert (code, "/no/such/place" in message) == (3, True)
 
 
 def test_ls_scan_finds_what_the_list_lost(saved: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -450,6 +455,35 @@ def test_a_bug_is_one_line_and_a_traceback_only_with_debug(
 
 
 # Secrets
+
+
+@pytest.mark.parametrize(
+    ("argument", "shown"),
+    [
+        ("hf://org/model@rev/1", "hf://org/model@rev/1"),
+        ("hf://org/model@", "hf://org/model@"),
+        ("hf://me:s3cret@org/model", "hf://me:***@org/model"),
+        ("https://h/m@1/a b@c", "https://h/m@1/a b@c"),
+        ("https://me:s3cret@h/m@1?sig=s3cret", "https://me:***@h/m@1?sig=***"),
+        ("s3://bucket/m@1", "s3://bucket/m@1"),
+        ("file:///models/a:b@c", "file:///models/a:b@c"),
+        ("/models/a:b@c", "/models/a:b@c"),
+        ("redis://me:s3cret@h/m", "redis://me:***@h/m"),
+        ("redis://me:s3/cret@h/m", "redis://me:***@h/m"),
+        ("endpoint_url=http://me:s3cret@h", "endpoint_url=http://me:***@h"),
+        ("--listing=http://h/a@b.txt", "--listing=http://h/a@b.txt"),
+        ("password=s3cret://x", "password=***"),
+    ],
+)
+def test_an_argument_is_quoted_whole_but_for_its_secrets(argument: str, shown: str) -> None:
+    assert redact_arguments(f"cannot read {argument}: no", [argument]) == f"cannot read {shown}: no"
+
+
+def test_a_name_with_an_at_sign_is_shown_in_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for url in (f"file://{tmp_path}/none@1", f"{tmp_path}/none@1", "memory://store/none@1"):
+        code, message = run_failing(capsys, "info", url)
+        assert code == 3
+        assert "none@1" in message
 
 
 def test_secrets_are_never_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

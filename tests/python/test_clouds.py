@@ -254,3 +254,23 @@ def test_the_command_line_knows_clouds(
     assert main(["verify", cloud.url, *options]) == 0
     assert main(["ls", cloud.url, *options]) == 0
     assert "config.json" in capsys.readouterr().out
+    for missing in (f"{cloud.url}-none", cloud.url.replace("bucket", "no-such")):
+        assert main(["ls", missing, *options]) == 3
+        assert missing in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cloud", ["gs", "gs-token"], indirect=True)
+def test_google_is_asked_for_its_checksums_without_a_body(cloud: Cloud, tiny_checkpoint: Checkpoint) -> None:
+    fill(cloud, tiny_checkpoint)
+    cloud.server.objects["bucket/m/empty.txt"] = b""
+    stats = LoadStats()
+    assert_loaded(rdmaload.load(cloud.url, verify="require", stats=stats, **cloud.options), tiny_checkpoint)
+    assert stats.verified_bytes == stats.read_bytes
+    pulled = rdmaload.pull_files(cloud.url, allow_pattern="*", verify="require", **cloud.options)
+    assert (pulled / "empty.txt").read_bytes() == b""
+    asked = [request for request in cloud.server.requests if request.path.startswith("/bucket/m/")]
+    heads = [request for request in asked if request.method == "HEAD"]
+    assert heads
+    assert all("if-match" in request.headers for request in heads)
+    bodies = [request for request in asked if request.method == "GET" and "manifest" not in request.path]
+    assert all(request.range is not None and request.range != (0, 0) for request in bodies)

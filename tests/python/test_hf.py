@@ -211,6 +211,9 @@ def test_the_command_line_knows_hubs(hub: Hub, capsys: pytest.CaptureFixture[str
     url = f"hf://org/model?endpoint_url={hub.endpoint}"
     assert main(["ls", url]) == 0
     assert "config.json" in capsys.readouterr().out
+    missing = url.replace("/model", "/model@none")
+    assert main(["ls", missing]) == 3
+    assert missing.partition("?")[0] in capsys.readouterr().err
     assert main(["info", url]) == 0
     with connector_for(url) as connector:
         assert isinstance(connector, FileConnector)

@@ -494,6 +494,8 @@ def test_the_command_line_knows_http(served: HttpObjects, capsys: pytest.Capture
 
     url = f"{served.endpoint}/m?sig=hush"
     assert main(["ls", url]) == 0
+    for more in ([], ["--scan"]):
+        assert main(["ls", url.replace("/m?", "/none?"), *more]) == 3
     assert "config.json" in capsys.readouterr().out
     assert main(["info", url]) == 0
     assert main(["doctor", url]) in (0, 1)

@@ -870,6 +870,8 @@ def test_the_command_line_knows_s3(url: str, tiny_checkpoint: Checkpoint, capsys
 
     assert main(["save", str(tiny_checkpoint.directory), url]) == 0
     assert main(["ls", url]) == 0
+    assert main(["ls", url.replace("/models/", "/no-models/")]) == 3
+    assert main(["ls", url.replace("s3://bucket/", "s3://no-bucket/")]) == 3
     assert "config.json" in capsys.readouterr().out
     assert main(["info", url]) == 0
     assert main(["verify", url]) == 0

@@ -65,12 +65,13 @@ def _ls(args: argparse.Namespace) -> int:
     location = parse_url(args.url, require_model=False)
     opts = options_of(args)
     missing: rdmaload.NotFoundError | None = None
-    if issubclass(connector_class(location.scheme), FileConnector) or (location.model and not args.scan):
+    keeps_files = issubclass(connector_class(location.scheme), FileConnector)
+    if keeps_files or (location.model and not args.scan):
         try:
             with rdmaload.open(args.url, **opts) as model:  # type: ignore[arg-type]
                 files, store_layout = model.files, model.store_layout
         except rdmaload.NotFoundError as err:
-            if not location.model:
+            if keeps_files:  # it has no list of models to look into
                 raise
             missing = err
         else:
