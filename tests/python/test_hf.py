@@ -135,9 +135,14 @@ def test_revisions_and_folders(hub: Hub, files: dict[str, bytes], tiny_checkpoin
 @pytest.mark.parametrize(
     ("model", "token", "error", "words"),
     [
-        ("org/gated", None, AuthenticationError, "gated, and nobody without a token.*HF_TOKEN"),
-        ("org/gated", "other", AuthenticationError, "gated, and the token that was given.*Accept its conditions"),
-        ("org/private", None, AuthenticationError, "no such model, or nobody without a token"),
+        ("org/gated", None, AuthenticationError, "gated, and without a token nobody may read it.*HF_TOKEN"),
+        (
+            "org/gated",
+            "other",
+            AuthenticationError,
+            "the token that was given may not read it. Accept its conditions",
+        ),
+        ("org/private", None, AuthenticationError, "no such model, or without a token nobody"),
         ("org/private", "other", AuthenticationError, "refuses the token"),
         ("org/none", "good", NotFoundError, "no such model"),
         ("org/model", "hush-wrong", AuthenticationError, "refuses the token"),

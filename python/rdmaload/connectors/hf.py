@@ -179,10 +179,11 @@ class HfConnector(HttpFiles):
         code, status = response.header("x-error-code"), response.status
         page = f"{self._endpoint}/{self._repository}"
         token = "give a token: HF_TOKEN, `hf auth login`, or password_env=NAME"
-        have = "the token that was given" if self._authorization else "nobody without a token"
+        given = "the token that was given"
+        refused = f"{given} may not read it" if self._authorization else "without a token nobody may read it"
         kind: type[RdmaloadError] = AuthenticationError
         if code == "GatedRepo":
-            text = f"it is gated, and {have} may not read it. Accept its conditions at {page}, and {token}"
+            text = f"it is gated, and {refused}. Accept its conditions at {page}, and {token}"
         elif code == "RevisionNotFound":
             kind, text = NotFoundError, f"it has no branch, tag or commit {self._revision}. See {page}"
         elif code == "EntryNotFound":
@@ -190,12 +191,12 @@ class HfConnector(HttpFiles):
         elif code == "RepoNotFound" or status in (401, 404):
             # A hub says the same of a model that is not there and of one that nobody may know of.
             kind = NotFoundError if self._authorization or status == 404 else AuthenticationError
-            text = f"there is no such model, or {have} may see it. Check its name; if it is private, {token}"
+            text = f"there is no such model, or {refused}. Check its name; if it is private, {token}"
             if self._authorization and status == 401:
                 kind = AuthenticationError
-                text = f"the hub refuses {have} (or there is no such model). Check the name; else {token}"
+                text = f"the hub refuses {given} (or there is no such model). Check the name; else {token}"
         elif status == 403:
-            text = f"{have} may not read it. See {page}, and {token}"
+            text = f"{refused}. See {page}, and {token}"
         else:
             return super().meaning(response, path)
         place = f"{path} in {self.url}" if path else self.url

@@ -234,9 +234,11 @@ class HttpClient:
         elif isinstance(err, (exceptions.TimeoutError, TimeoutError)) and not isinstance(
             err, exceptions.NewConnectionError
         ):
-            kind = LoadTimeoutError
+            kind, hint = LoadTimeoutError, "look at server and network, or raise inactivity_timeout"
         elif isinstance(err, (exceptions.LocationValueError, UnicodeError)):
-            kind = UrlError
+            kind, hint = UrlError, "correct the url"
+        else:
+            hint = "see that the url is right, and that the server runs and can be reached from here"
         # Their text shows the url with its query.
         what = "no byte came in time" if kind is LoadTimeoutError else _without_urls(err)
         text = f"cannot reach {self._place(key)}: {what}"
