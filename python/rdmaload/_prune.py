@@ -18,7 +18,7 @@ from rdmaload.connectors import KeyValueConnector, connector_for
 from rdmaload.connectors.connector import MODELS_KEY
 from rdmaload.connectors.objects import ObjectConnector
 from rdmaload.connectors.registry import connector_class
-from rdmaload.errors import FormatError, IntegrityError, NotFoundError, NotSupportedError
+from rdmaload.errors import FormatError, IntegrityError, NotFoundError, NotSupportedError, UrlError
 from rdmaload.index import Index, index_key
 from rdmaload.journal import SaveKeys, delete_keys, parse_time
 from rdmaload.manifest import GENERATION_PATTERN, Manifest, manifest_key, utc_now
@@ -90,7 +90,7 @@ def prune(
     published, and nothing is removed.
     """
     if not grace >= 0:
-        raise ValueError(f"grace={grace} is not seconds")
+        raise UrlError(f"grace={grace} is not seconds")
     with _opened(url, options, opts) as connector:
         if isinstance(connector, ObjectConnector):
             removed = prune_objects(connector, grace=0.0 if force else grace)

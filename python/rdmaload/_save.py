@@ -33,6 +33,7 @@ from rdmaload.errors import (
     NotSupportedError,
     RdmaloadError,
     UnavailableError,
+    UrlError,
 )
 from rdmaload.files_save import save_files
 from rdmaload.index import DEFAULT_CHUNK_BYTES, index_key
@@ -120,7 +121,7 @@ def save(
     """
     _check_arguments(rank, world_size, save_id, layout)
     if layout == "sglang" and (save_id is not None or chunk_bytes is not None):
-        raise ValueError("layout='sglang' resumes nothing and has no chunks: leave out save_id and chunk_bytes")
+        raise UrlError("layout='sglang' resumes nothing and has no chunks: leave out save_id and chunk_bytes")
     started = time.perf_counter()
     if chunk_bytes is not None:
         opts["chunk_bytes"] = chunk_bytes
@@ -203,13 +204,13 @@ def _check_arguments(rank: int | None, world_size: int | None, save_id: str | No
     if layout not in ("rdmaload", "sglang"):
         raise NotSupportedError(f"layout={layout!r} cannot be written; there are 'rdmaload' and 'sglang'")
     if (rank is None) != (world_size is None):
-        raise ValueError("rank and world_size go together")
+        raise UrlError("rank and world_size go together")
     if rank is not None and world_size is not None and not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} is not one of 0 to {world_size - 1} (world_size {world_size})")
+        raise UrlError(f"rank {rank} is not one of 0 to {world_size - 1} (world_size {world_size})")
     if save_id is not None and not SAVE_ID.fullmatch(save_id):
-        raise ValueError(f"save_id {save_id[:200]!r} is not 1 to 128 of A-Z a-z 0-9 . _ -")
+        raise UrlError(f"save_id {save_id[:200]!r} is not 1 to 128 of A-Z a-z 0-9 . _ -")
     if layout == "rdmaload" and save_id is None and world_size is not None and world_size > 1:
-        raise ValueError(
+        raise UrlError(
             "a sharded save needs a save_id that all its ranks share and no other save has: "
             "it is what keeps two saves at once from being mixed"
         )
@@ -223,7 +224,7 @@ def _source_model(source: object, rank: int | None, world_size: int | None, layo
             if isinstance(connector, LocalConnector):
                 return directory_model(connector, connector.root, rank=rank, world_size=world_size)
             if rank is not None:
-                raise ValueError(f"{connector.url} is a model with ranks of its own: copy it without rank=")
+                raise UrlError(f"{connector.url} is a model with ranks of its own: copy it without rank=")
             model = stored_model(connector)
         except BaseException:
             connector.close()
@@ -252,7 +253,7 @@ def _describe(
     if files is None and parallel is None and identity is None:
         return
     if isinstance(source, (str, os.PathLike)):
-        raise ValueError("files=, parallel= and identity= are for a state dict or a module: a stored model has its own")
+        raise UrlError("files=, parallel= and identity= are for a state dict or a module: a stored model has its own")
     model.layout = dict(parallel or {})
     model.identity = dict(identity or {})
     if files is not None:
@@ -263,7 +264,7 @@ def _check_places(source: object, connector: FileConnector) -> None:
     if isinstance(source, (str, os.PathLike)) and isinstance(connector, LocalConnector):
         location = parse_url(source)
         if location.scheme == "file" and Path(location.path).resolve() == connector.root.resolve():
-            raise ValueError(f"{connector.url} is both source and destination")
+            raise UrlError(f"{connector.url} is both source and destination")
 
 
 class _Watch:

@@ -11,7 +11,7 @@ import torch
 from rdmaload._prune import models, prune, remove
 from rdmaload._save import save
 from rdmaload.connectors import KeyValueConnector, connector_for, registry
-from rdmaload.errors import FormatError, IntegrityError, NotFoundError, NotSupportedError
+from rdmaload.errors import FormatError, IntegrityError, NotFoundError, NotSupportedError, UrlError
 from tests.support.servers import RedisServer
 from tests.support.stores import Die, Killed, ScriptedConnector, keys_of, read_model
 
@@ -308,5 +308,5 @@ def test_directories_have_nothing_to_prune(tmp_path: object) -> None:
 
 def test_a_grace_is_seconds(url: str) -> None:
     for grace in (-1.0, float("nan")):
-        with pytest.raises(ValueError, match="grace"):
+        with pytest.raises(UrlError, match="grace"):
             prune(url, grace=grace)
