@@ -31,13 +31,6 @@ ssize_t read_buffered_piece(const OpenFile& file, uint64_t offset, bool checksum
   return got;
 }
 
-// Whether whole blocks of the file arrive in place, whatever the disk asks of an address.
-bool lies_as_in_file(const Read& read) {
-  constexpr uint64_t kPage = 4096;
-  return read.segments.size() == 1 && read.segments[0].data != nullptr &&
-         (reinterpret_cast<uintptr_t>(read.segments[0].data) - read.offset) % kPage == 0;
-}
-
 }  // namespace
 
 // Not a transport that anybody else sees: a second set of workers with their queue.
@@ -89,7 +82,7 @@ int FileTransport::connections() const noexcept {
 }
 
 std::optional<Status> FileTransport::perform(Read& read) {
-  if (files_.get(read.object)->reads_directly(lies_as_in_file(read))) {
+  if (files_.get(read.object)->reads_directly()) {
     direct_workers().submit(read, Clock::time_point::min());
     return std::nullopt;
   }
@@ -99,14 +92,13 @@ std::optional<Status> FileTransport::perform(Read& read) {
 Status FileTransport::read_file(Read& read) {
   const auto file = files_.get(read.object);
   if (Status grown = file->grown(read.object_bytes); !grown.ok())
-    return grown;  // a shorter one shows at its end
-  const bool aligned = lies_as_in_file(read);
+    return grown;                            // a shorter one shows at its end
   read.times.first_byte = read.times.taken;  // a blocking read is the transfer
   SegmentCursor cursor(read);
   while (cursor.left() > 0) {
     if (read.owner->cancelled()) return Status(ErrorCode::kCancelled, "the read was cancelled");
     const uint64_t offset = read.offset + (read.length - cursor.left());
-    const bool direct = file->reads_directly(aligned);
+    const bool direct = file->reads_directly();
     ssize_t got = 0;
     if (direct) {
       thread_local HostArena bounce(kDirectPieceBytes);

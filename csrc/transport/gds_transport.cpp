@@ -143,7 +143,7 @@ std::shared_ptr<GdsTransport::OpenHandle> GdsTransport::handle_of(const std::str
   }
   std::lock_guard lock(found->mutex);
   if (!found->file) found->file = files_->open(object);
-  if (found->tried || !found->file->reads_directly(true)) return found;
+  if (found->tried || !found->file->reads_directly()) return found;
   found->tried = true;
   try {
     // A descriptor is registered once, and another device's transport reads the same file.
@@ -188,7 +188,7 @@ std::optional<Status> GdsTransport::perform(Read& read) {
     return hand_on(read);
   }
   const auto handle = handle_of(read.object);
-  if (handle->refused || !handle->file->reads_directly(true) || !handle->handle) return hand_on(read);
+  if (handle->refused || !handle->file->reads_directly() || !handle->handle) return hand_on(read);
   if (Status grown = handle->file->grown(read.object_bytes); !grown.ok()) return grown;
   if (blocks() == nullptr) return hand_on(read);
   Block* block = nullptr;

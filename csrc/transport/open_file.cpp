@@ -20,12 +20,9 @@ constexpr int kSamples = 32;
 // Above this part of the file in the cache, reading the rest through it costs less than reading all of it
 // from the disk.
 constexpr double kColdFraction = 0.125;
-// Bounds that a bounce buffer (page-aligned, of 1 MiB) satisfies; disks ask for 4 to 4096 bytes.
+// Bounds that a bounce buffer (a huge page) satisfies; disks ask for 4 to 4096 bytes.
 constexpr uint32_t kLargestMemoryAlignment = 4096;
 constexpr uint32_t kLargestBlock = 64 << 10;
-// Files of safetensors hold tensors at multiples of this. Where the disk wants more of an address, whole
-// files would pass through the bounce buffer, and that was slower than the page cache (docs/performance.md).
-constexpr uint32_t kTensorAlignment = 8;
 // Where readers announce themselves by a lock: a byte that no file has, so that it concerns nobody else's
 // locks but those on whole files.
 constexpr off_t kReaderLockOffset = off_t{1} << 62;
@@ -193,17 +190,12 @@ void OpenFile::open_directly(const FileOptions& options) {
     refusal_ = "the file system of '" + path_ + "' has no direct reads";
     return;
   }
-  only_aligned_ = !asked && alignment->memory > kTensorAlignment;  // a choice, not a refusal
   alignment_ = *alignment;
   direct_ = true;
 }
 
-bool OpenFile::reads_directly(bool lies_as_in_file) {
+bool OpenFile::reads_directly() {
   if (!direct_) return false;
-  if (only_aligned_ && !lies_as_in_file) {
-    direct_ = false;
-    return false;
-  }
   if (announced_ && !only_reader()) {
     refuse_direct("another reader came for '" + path_ + "', and the page cache serves both");
     return false;

@@ -3,9 +3,8 @@
 //
 // Reading past the cache pays only where the disk has to be read anyway and nobody else wants the same
 // bytes. FileIo::kAuto therefore chooses it for a large file of a local file system that sampling finds to be
-// cold, on a disk that writes to any place of a tensor, as long as this is the only reader; everything else
-// is read through the cache. What was given up, and why, is data (direct_refusal). Any thread may call; an
-// OpenFile owns its descriptors.
+// cold, as long as this is the only reader; everything else is read through the cache. What was given up, and
+// why, is data (direct_refusal). Any thread may call; an OpenFile owns its descriptors.
 #pragma once
 
 #include <sys/uio.h>
@@ -53,8 +52,7 @@ struct FileOptions {
   int threads = 2;       // reads at once through the page cache: each keeps a core busy
   int direct_reads = 8;  // reads at once past it: each waits for the disk; see docs/performance.md
   FileIo io = FileIo::kAuto;
-  uint64_t smallest_direct_bytes = 16
-                                   << 20;  // kAuto: below it, opening and sampling cost more than they gain
+  uint64_t smallest_direct_bytes = 4 << 20;  // kAuto: below it, opening and sampling cost more than they gain
   FileCalls calls = FileCalls::of_the_system();
 };
 
@@ -73,11 +71,9 @@ class OpenFile {
   int fd() const noexcept { return fd_; }
   uint64_t bytes() const;  // as it is now
 
-  // Whether the next read should go past the page cache: asked before each, because another reader may have
-  // come. Once false it stays so. `lies_as_in_file`: its memory is aligned as its place in the file is, to
-  // whole pages, so that no disk's alignment stands in the way. Where only such reads pay, the first other
-  // one ends it for the file.
-  bool reads_directly(bool lies_as_in_file);
+  // Whether the next piece should be read past the page cache: asked before each, because another reader may
+  // have come. Once false it stays so.
+  bool reads_directly();
   int direct_fd() const noexcept { return direct_fd_; }
   DirectAlignment direct_alignment() const noexcept { return alignment_; }
   // The kernel refused a direct read after all.
@@ -97,8 +93,7 @@ class OpenFile {
   int fd_ = -1;
   int direct_fd_ = -1;
   DirectAlignment alignment_{};
-  bool only_aligned_ = false;  // direct reads pay only into memory that lies as the file does
-  bool announced_ = false;     // other readers see this one, and this one looks out for them
+  bool announced_ = false;  // other readers see this one, and this one looks out for them
   std::atomic<bool> direct_{false};
   mutable std::mutex mutex_;
   std::string refusal_;  // Guarded by mutex_.

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <deque>
 #include <filesystem>
+#include <mutex>
 #include <numeric>
 #include <semaphore>
 
@@ -214,21 +215,17 @@ TEST_CASE(
     std::optional<double> cached;
     size_t bytes;
     const char* path;
-    uint32_t memory_alignment = 4;
   };
-  for (const Case& expected :
-       {Case{0.0, 5000, "file-direct"}, Case{0.125, 5000, "file-direct"}, Case{0.2, 5000, "file-buffered"},
-        Case{1.0, 5000, "file-buffered"}, Case{std::nullopt, 5000, "file-buffered"},
-        Case{0.0, 999, "file-buffered"}, Case{0.0, 5000, "file-buffered", 512}}) {
+  for (const Case& expected : {Case{0.0, 5000, "file-direct"}, Case{0.125, 5000, "file-direct"},
+                               Case{0.2, 5000, "file-buffered"}, Case{1.0, 5000, "file-buffered"},
+                               Case{std::nullopt, 5000, "file-buffered"}, Case{0.0, 999, "file-buffered"}}) {
     TempDir directory;
     const auto bytes = testing::random_bytes(expected.bytes, 6);
     directory.write("f", bytes);
     StrictDisk disk;
-    disk.alignment.memory = expected.memory_alignment;
     RecordingOwner owner;
     FileOptions options = disk.options(FileIo::kAuto);
-    // Sampling leaves a file without readahead, which most of it needs where only some reads go past the
-    // cache.
+    // Sampling leaves a file without readahead, which it needs as soon as it is read through the cache.
     bool reads_ahead = true;
     options.calls.cached_fraction = [&](int, uint64_t) {
       reads_ahead = false;
@@ -245,34 +242,35 @@ TEST_CASE(
   }
 }
 
-TEST_CASE(
-    "on a disk that wants aligned memory the first read into other memory ends direct reads of the file") {
+TEST_CASE("what is bounced is read in pieces of one huge page, which lies together in physical memory") {
+  constexpr size_t kHugePage = 2 << 20;
   TempDir directory;
-  const auto bytes = testing::random_bytes(50'000, 7);
+  const auto bytes = testing::random_bytes(3 * kHugePage + 700, 7);
   directory.write("f", bytes);
   StrictDisk disk;
-  disk.alignment.memory = 512;
   RecordingOwner owner;
-  FileTransport transport(directory.path().string(), disk.options(FileIo::kAuto));
-  HostArena memory(64 << 10);  // whole pages
-  const auto read_aligned = [&] {
-    std::fill(memory.data(), memory.data() + memory.size(), std::byte{0});
-    TestRead read("f", bytes.size(), owner);
-    read.read.segments[0].data = memory.data();
-    REQUIRE(read_all(transport, read, owner).ok());
-    CHECK(std::equal(bytes.begin(), bytes.end(), memory.data()));
+  std::mutex mutex;
+  std::vector<iovec> pieces;
+  FileOptions options = disk.options(FileIo::kDirect);
+  options.calls.preadv_direct = [&, read = options.calls.preadv_direct](int fd, const iovec* vectors,
+                                                                        int count, off_t offset) {
+    const std::lock_guard lock(mutex);
+    pieces.insert(pieces.end(), vectors, vectors + count);
+    return read(fd, vectors, count, offset);
   };
-  read_aligned();
-  CHECK(transport.path() == "file-direct");
-  TestRead elsewhere("f", bytes.size(), owner);
-  elsewhere.read.segments[0].data = memory.data() + 8;
-  REQUIRE(read_all(transport, elsewhere, owner).ok());
-  CHECK(std::equal(bytes.begin(), bytes.end(), memory.data() + 8));
-  const int calls = disk.direct_calls;
-  read_aligned();
-  CHECK(disk.direct_calls == calls);
-  CHECK(transport.path() == "file-buffered+file-direct");
-  CHECK(transport.fallback_reason().empty());  // a choice
+  FileTransport transport(directory.path().string(), std::move(options));
+  HostArena memory(bytes.size() + 64);
+  TestRead prepared("f", bytes.size(), owner);
+  std::byte* const place = memory.data() + 64;  // no place for this disk
+  prepared.read.segments = {{place, bytes.size()}};
+  REQUIRE(read_all(transport, prepared, owner).ok());
+  CHECK(std::equal(bytes.begin(), bytes.end(), place));
+  CHECK(prepared.read.copied_bytes == bytes.size());
+  REQUIRE(pieces.size() == 4);
+  for (const iovec& piece : pieces) {
+    CHECK(reinterpret_cast<uintptr_t>(piece.iov_base) % kHugePage == 0);
+    CHECK(piece.iov_len <= kHugePage);
+  }
 }
 
 TEST_CASE("files are chosen for one by one, and the path names both ways") {
@@ -281,7 +279,6 @@ TEST_CASE("files are chosen for one by one, and the path names both ways") {
   directory.write("large", large);
   directory.write("small", small);
   StrictDisk disk;
-  disk.alignment.memory = 4;
   RecordingOwner owner;
   FileTransport transport(directory.path().string(), disk.options(FileIo::kAuto));
   CHECK(transport.path() == "file-buffered");
@@ -354,7 +351,6 @@ TEST_CASE("as soon as a second reader comes, both read through the page cache") 
   const auto bytes = testing::random_bytes(5000, 11);
   directory.write("f", bytes);
   StrictDisk disk;
-  disk.alignment.memory = 4;
   RecordingOwner owner;
   FileTransport first(directory.path().string(), disk.options(FileIo::kAuto));
   TestRead alone("f", 5000, owner), beside("f", 5000, owner), after("f", 5000, owner);
@@ -384,7 +380,6 @@ TEST_CASE("files that were closed to make room are no readers of their own") {
   constexpr int kFiles = 150;
   TempDir directory;
   StrictDisk disk;
-  disk.alignment.memory = 4;
   RecordingOwner owner;
   std::deque<TestRead> reads;
   const auto bytes = testing::random_bytes(5000, 12);
