@@ -17,6 +17,7 @@
 #include "loader/load.h"
 #include "loader/plan.h"
 #include "loader/tensor_index.h"
+#include "loader/weight_map.h"
 
 namespace py = pybind11;
 
@@ -25,6 +26,10 @@ namespace {
 
 using Destination = std::variant<std::shared_ptr<HostArena>, std::shared_ptr<ImportedTensor>,
                                  std::shared_ptr<DeviceDestination>>;
+
+std::string_view text_in(const py::buffer_info& buffer) {
+  return {static_cast<const char*>(buffer.ptr), static_cast<size_t>(buffer.size * buffer.itemsize)};
+}
 
 // Destroying a Load waits for its reads, and a reader written in Python needs the GIL to end.
 class LoadOperation {
@@ -167,8 +172,7 @@ void register_loader(py::module_& module) {
           [](TensorIndex& self, uint32_t file, const std::string& path, uint64_t file_bytes,
              const py::buffer& header) {
             const py::buffer_info info = header.request();
-            const std::string_view text(static_cast<const char*>(info.ptr),
-                                        static_cast<size_t>(info.size * info.itemsize));
+            const std::string_view text = text_in(info);
             py::gil_scoped_release release;
             self.add_file(file, path, file_bytes, text);
           },
@@ -178,8 +182,7 @@ void register_loader(py::module_& module) {
           [](TensorIndex& self, uint32_t file, const std::string& path, uint64_t file_bytes,
              const py::buffer& header, const std::string& stored_name, std::string name) {
             const py::buffer_info info = header.request();
-            const std::string_view text(static_cast<const char*>(info.ptr),
-                                        static_cast<size_t>(info.size * info.itemsize));
+            const std::string_view text = text_in(info);
             self.add_single(file, path, file_bytes, text, stored_name, std::move(name));
           },
           py::arg("file"), py::arg("path"), py::arg("file_bytes"), py::arg("header"), py::arg("stored_name"),
@@ -229,6 +232,13 @@ void register_loader(py::module_& module) {
            })
       .def("exports", &exports_of, py::arg("index"), py::arg("arenas"), py::arg("types"));
 
+  module.def(
+      "files_of_weight_map",
+      [](const py::buffer& text) {
+        const py::buffer_info info = text.request();
+        return files_of_weight_map(text_in(info));
+      },
+      py::arg("text"));
   module.def(
       "plan_into_arenas",
       [](const TensorIndex& index, const StoreLayout& layout, std::vector<uint32_t> selection,

@@ -7,7 +7,6 @@ another engine often enough. Any other safetensors file is carried as a plain fi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection
 
 from rdmaload.errors import FormatError
@@ -61,15 +60,12 @@ def weight_files_of(paths: Collection[str], read: Callable[[str], bytes], *, url
 
 
 def _files_named_by(index: str, content: bytes, url: str | None) -> set[str]:
-    problem = f"more than {MAX_WEIGHT_INDEX_BYTES} bytes"
+    from rdmaload import _core
+
+    problem = f"it has more than {MAX_WEIGHT_INDEX_BYTES} bytes"
     if len(content) <= MAX_WEIGHT_INDEX_BYTES:
         try:
-            parsed = json.loads(content)
-        except (ValueError, RecursionError) as err:
-            problem = f"not JSON: {err}"
-        else:
-            weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
-            if isinstance(weight_map, dict) and set(map(type, weight_map.values())) <= {str}:
-                return set(weight_map.values())
-            problem = 'no "weight_map" of tensor names to file names'
+            return _core.files_of_weight_map(content)
+        except FormatError as err:
+            problem = str(err)
     raise FormatError(f"{index} cannot be used: {problem}", url=url, key=index)

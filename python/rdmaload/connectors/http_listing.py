@@ -56,11 +56,9 @@ def listed_files(body: bytes) -> Listing:
 
 def weight_index_files(body: bytes) -> Listing:
     """The weight files that a model.safetensors.index.json names. Raises FormatError."""
-    parsed = _parsed(body.decode("utf-8", "replace"))
-    weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise FormatError('it has no "weight_map" of tensors to files')
-    return dict.fromkeys(sorted(set(weight_map.values())))
+    from rdmaload import _core
+
+    return dict.fromkeys(sorted(_core.files_of_weight_map(body)))
 
 
 def _parsed(text: str) -> object:
