@@ -48,7 +48,7 @@ from rdmaload.selection import (
     is_selected,
     placed_tensors,
     plans_of,
-    tensors_of,
+    state_of,
 )
 from rdmaload.stats import LoadStats
 from rdmaload.tensors import TensorSpec, check_dtype, converted_bytes
@@ -245,7 +245,7 @@ class Model:
             batch = self._reader.start(plan, arenas)
             begin = time.perf_counter()
             try:  # while the bytes arrive: 20,000 tensors take as long as a third of a GB
-                tensors = dict(tensors_of(batch, weights, names))
+                tensors = state_of(batch, weights, names)
             except BaseException:
                 batch.operation.cancel()
                 raise

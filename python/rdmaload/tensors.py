@@ -6,8 +6,10 @@ neighbours but that memory goes back to the system when the last of them is drop
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +23,7 @@ __all__ = [
     "DLPACK_TYPES",
     "TensorSpec",
     "check_dtype",
+    "collector_paused",
     "converted_bytes",
     "export_tensor",
     "import_target",
@@ -98,6 +101,23 @@ def taker() -> Callable[[object], torch.Tensor]:
     from torch.utils.dlpack import from_dlpack
 
     return from_dlpack
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Python's cyclic collector off, where it was on, while many tensors are made.
+
+    Every 700 new objects set it off, and now and then it walks everything that the process keeps: 0.1 s and more once
+    torch is imported, longer than reading a third of a GB. What it would have found waits for the next time.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def torch_dtype(spec: TensorSpec) -> tuple[torch.dtype, tuple[int, ...]]:

@@ -164,6 +164,27 @@ def test_20_000_tiny_tensors(place: Place, many_tensors_checkpoint: Checkpoint) 
     assert_owned(state)
 
 
+def test_making_tensors_does_not_set_off_collections(many_tensors_checkpoint: Checkpoint) -> None:
+    collections: list[str] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        collections.append(phase)
+
+    directory = many_tensors_checkpoint.directory
+    gc.callbacks.append(note)
+    try:
+        state = rdmaload.load(directory)
+        few = collections.count("start")
+        assert gc.isenabled()
+        gc.disable()
+        rdmaload.load(directory)
+        assert not gc.isenabled()
+    finally:
+        gc.callbacks.remove(note)
+        gc.enable()
+    assert few < len(state) / gc.get_threshold()[0] / 2
+
+
 def test_1_000_files(place: Place, many_files_checkpoint: Checkpoint) -> None:
     state = rdmaload.load(place(many_files_checkpoint.directory))
     assert len(state) == 1_000
