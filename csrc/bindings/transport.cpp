@@ -203,6 +203,7 @@ void register_transport(py::module_& module) {
       .def_property_readonly("description", &Transport::description)
       .def_property_readonly("connections", &Transport::connections);
 
+  module.def("is_local_disk", &is_local_disk, py::arg("fd"));
   py::class_<FileTransport, Transport, std::shared_ptr<FileTransport>>(module, "FileTransport")
       .def(py::init([](std::string root, int threads, const std::string& io) {
              FileOptions options;

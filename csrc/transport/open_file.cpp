@@ -27,37 +27,10 @@ constexpr uint32_t kLargestBlock = 64 << 10;
 // locks but those on whole files.
 constexpr off_t kReaderLockOffset = off_t{1} << 62;
 
-// Their page cache or server is somebody else's, or their data are in memory: plain reads are best there.
-bool is_remote_or_memory(int fd) {
-  constexpr std::array<uint32_t, 14> kKinds{
-      0x6969,      // NFS
-      0xff534d42,  // CIFS
-      0xfe534d42,  // SMB2
-      0x517b,      // SMB
-      0x65735546,  // FUSE, virtiofs
-      0x0bd00bd0,  // Lustre
-      0x00c36400,  // Ceph
-      0x01021997,  // 9p
-      0x47504653,  // GPFS
-      0x19830326,  // BeeGFS
-      0x5346414f,  // AFS
-      0x73757245,  // Coda
-      0x01021994,  // tmpfs
-      0x858458f6,  // ramfs
-  };
-  struct statfs status{};
-  if (fstatfs(fd, &status) != 0) return true;
-  const auto kind = static_cast<uint32_t>(status.f_type);
-  for (const uint32_t known : kKinds) {
-    if (kind == known) return true;
-  }
-  return false;
-}
-
 // One byte each of pages at random places, spread over the file, is asked for without waiting for I/O. At
 // random because the kernel begins to read what it did not have: fixed places would be found warm next time.
 std::optional<double> sample_page_cache(int fd, uint64_t bytes) {
-  if (bytes == 0 || is_remote_or_memory(fd)) return std::nullopt;
+  if (bytes == 0 || !is_local_disk(fd)) return std::nullopt;
   posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM);  // one page for each that is missing, not a readahead window
   std::minstd_rand random{std::random_device{}()};
   int cached = 0;
@@ -109,6 +82,32 @@ FileIo parse_file_io(std::string_view name) {
   if (name == "direct") return FileIo::kDirect;
   throw Error(ErrorCode::kInvalid,
               "files are read auto, buffered or direct, not '" + std::string(name) + "'");
+}
+
+bool is_local_disk(int fd) {
+  constexpr std::array<uint32_t, 14> kKinds{
+      0x6969,      // NFS
+      0xff534d42,  // CIFS
+      0xfe534d42,  // SMB2
+      0x517b,      // SMB
+      0x65735546,  // FUSE, virtiofs
+      0x0bd00bd0,  // Lustre
+      0x00c36400,  // Ceph
+      0x01021997,  // 9p
+      0x47504653,  // GPFS
+      0x19830326,  // BeeGFS
+      0x5346414f,  // AFS
+      0x73757245,  // Coda
+      0x01021994,  // tmpfs
+      0x858458f6,  // ramfs
+  };
+  struct statfs status{};
+  if (fstatfs(fd, &status) != 0) return false;
+  const auto kind = static_cast<uint32_t>(status.f_type);
+  for (const uint32_t known : kKinds) {
+    if (kind == known) return false;
+  }
+  return true;
 }
 
 Status file_call_failed(const std::string& what, const std::string& path, int error) {

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
+from rdmaload import _core
 from rdmaload.connectors.connector import FileConnector
 from rdmaload.errors import AlreadyExistsError, IntegrityError, NotFoundError
 from rdmaload.index import DEFAULT_CHUNK_BYTES
@@ -118,7 +119,7 @@ class _Writer:
         pending = iter(sources)
 
         def work(stop: threading.Event) -> None:
-            buffer = memoryview(bytearray(self._block_bytes))
+            buffer = memoryview(_core.HostArena(self._block_bytes))
             while not stop.is_set():
                 with self._lock:
                     source = next(pending, None)

@@ -11,6 +11,7 @@ from rdmaload import _core
 from rdmaload.connectors.local import LocalConnector
 from rdmaload.errors import NotFoundError
 from rdmaload.index import Index, IndexFile
+from rdmaload.options import Options
 from rdmaload.reader import StoreReader, Tick
 from rdmaload.selection import is_selected
 from rdmaload.stats import LoadStats
@@ -91,6 +92,7 @@ def _tick_within(tick: Tick, before: int, finished: AbstractSet[str]) -> Tick:
 def pull(files: Iterable[tuple[IndexFile, Iterator[memoryview]]], directory: Path) -> None:
     """Write the files; their paths were checked when the index was decoded, and stay inside `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
-    with LocalConnector(parse_url(directory.absolute())) as target:
+    # Who pulls files reads them next: they stay in the page cache.
+    with LocalConnector(parse_url(directory.absolute()), Options(file_io="buffered")) as target:
         for file, blocks in files:
             target.write(file.path, file.size, blocks)

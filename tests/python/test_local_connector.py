@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
+import torch
 
+import rdmaload
+from rdmaload import _core
 from rdmaload.connectors.local import LocalConnector
-from rdmaload.errors import AuthenticationError, FormatError, NotFoundError, RdmaloadError, UrlError
+from rdmaload.errors import (
+    AuthenticationError,
+    FormatError,
+    NotFoundError,
+    RdmaloadError,
+    UnavailableError,
+    UrlError,
+)
+from rdmaload.options import Options
 from rdmaload.urls import parse_url
+
+MIB = 1 << 20
 
 
 @pytest.fixture
@@ -151,3 +169,104 @@ def test_options_of_a_file_url_are_read(tmp_path: Path) -> None:
         assert connector.options.threads == 7
     with pytest.raises(UrlError, match="unknown option thread "):
         LocalConnector(parse_url(f"file://{tmp_path}?thread=7"))
+
+
+def blocks_of(content: bytes, block_bytes: int, *, shift: int) -> Iterator[memoryview]:
+    """As a save gives them: one buffer, filled again for each; `shift` bytes behind where a huge page begins."""
+    buffer = memoryview(_core.HostArena(max(block_bytes + shift, 2 * MIB)))[shift : shift + block_bytes]
+    for begin in range(0, len(content), block_bytes):
+        part = content[begin : begin + block_bytes]
+        buffer[: len(part)] = part
+        yield buffer[: len(part)]
+
+
+@pytest.mark.parametrize("file_io", ["auto", "buffered", "direct"])
+@pytest.mark.parametrize("shift", [0, 24])
+@pytest.mark.parametrize("block_bytes", [2 * MIB, 1044480, 1_000_001])
+@pytest.mark.parametrize("size", [0, 1, 4096, 5 * MIB, 5 * MIB + 4095, 4 * MIB - 1])
+def test_every_byte_is_written_whatever_the_blocks(
+    tmp_path: Path,
+    size: int,
+    block_bytes: int,
+    shift: int,
+    file_io: Literal["auto", "buffered", "direct"],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    content = random.Random(size).randbytes(size)
+    with LocalConnector(parse_url(tmp_path), Options(file_io=file_io)) as connector:
+        connector.write("f", size, blocks_of(content, block_bytes, shift=shift))
+    assert (tmp_path / "f").read_bytes() == content
+    assert os.listdir(tmp_path) == ["f"]
+    if shift == 0 and block_bytes % 4096 == 0:  # blocks as the disk wants them, up to the end of the file
+        assert not caplog.records
+
+
+def cached_pages(path: Path) -> int:
+    """How many of a file's pages are read without waiting for the disk, of those at every 64 KiB."""
+    found = 0
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        for offset in range(0, os.fstat(file.fileno()).st_size, 64 << 10):
+            with contextlib.suppress(BlockingIOError):
+                found += os.preadv(file.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT)
+    return found
+
+
+def test_what_is_saved_goes_past_the_page_cache_and_what_is_pulled_stays_in_it(tmp_path: Path) -> None:
+    """Where the disk of the tests has direct writes; on one in memory every page is cached."""
+    state = {"large": torch.zeros(4 * MIB, dtype=torch.float16), "small": torch.zeros(3)}
+    rdmaload.save(state, tmp_path / "saved")
+    (saved,) = (tmp_path / "saved").glob("*.safetensors")
+    pages = -(-saved.stat().st_size // (64 << 10))
+    with open(saved, "rb") as file:
+        direct = _core.is_local_disk(file.fileno())
+    assert cached_pages(saved) <= (1 if direct else pages)  # the end of the file is no whole block
+    rdmaload.pull_files(tmp_path / "saved", tmp_path / "pulled", allow_pattern="*")
+    assert cached_pages(tmp_path / "pulled" / saved.name) == pages
+    small = tmp_path / "small"
+    with LocalConnector(parse_url(tmp_path)) as connector:
+        connector.write("small", MIB, blocks_of(bytes(MIB), MIB, shift=0))
+    assert cached_pages(small) == 16
+
+
+def test_a_disk_that_refuses_direct_writes_gets_them_through_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = random.Random(1).randbytes(5 * MIB)
+    written = os.write
+
+    def refuses_the_second(descriptor: int, data: memoryview) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT and os.lseek(descriptor, 0, os.SEEK_CUR) > 0:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return written(descriptor, data[: MIB // 2])  # and others are short
+
+    monkeypatch.setattr("rdmaload.connectors.output_file.os.write", refuses_the_second)
+    ways: tuple[tuple[Literal["direct", "auto"], int], ...] = (("direct", 1), ("auto", 0))
+    for file_io, warnings in ways:
+        caplog.clear()
+        with LocalConnector(parse_url(tmp_path), Options(file_io=file_io)) as connector:
+            connector.write(file_io, len(content), blocks_of(content, MIB, shift=0))
+        assert (tmp_path / file_io).read_bytes() == content
+        assert [record.message.count("written through the page cache") for record in caplog.records] == [1] * warnings
+    monkeypatch.setattr("rdmaload.connectors.output_file.fcntl.fcntl", _refuse_direct)
+    with LocalConnector(parse_url(tmp_path), Options(file_io="direct")) as connector:
+        connector.write("f", len(content), blocks_of(content, MIB, shift=0))
+    assert (tmp_path / "f").read_bytes() == content
+    assert "O_DIRECT was refused" in caplog.text
+
+
+def _refuse_direct(descriptor: int, command: int, argument: int = 0) -> int:
+    if argument & os.O_DIRECT:
+        raise OSError(errno.EINVAL, "Invalid argument")
+    return 0
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("rdmaload.connectors.output_file.os.write", full)
+    refused = pytest.raises(UnavailableError, match=r"cannot write f in .*No space left")
+    with LocalConnector(parse_url(tmp_path)) as connector, refused:
+        connector.write("f", 5 * MIB, blocks_of(bytes(5 * MIB), MIB, shift=0))
+    assert os.listdir(tmp_path) == []

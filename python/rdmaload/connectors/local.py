@@ -7,6 +7,7 @@ directories are not.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import stat
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rdmaload.connectors.connector import FileConnector, FileInfo
+from rdmaload.connectors.output_file import OutputFile
 from rdmaload.errors import (
     AuthenticationError,
     FormatError,
@@ -27,6 +29,8 @@ from rdmaload.options import Options
 from rdmaload.urls import Url
 
 __all__ = ["LocalConnector"]
+
+_log = logging.getLogger("rdmaload")
 
 _TEMPORARY_PREFIX = ".rdmaload-"
 _TEMPORARY_SUFFIX = ".tmp"
@@ -129,24 +133,22 @@ class LocalConnector(FileConnector):
         temporary = target.with_name(f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            output = OutputFile(temporary, size, self.options.file_io)
         except OSError as err:
             raise self._translated(err, path, "write") from err
         try:
-            with open(descriptor, "wb", buffering=0) as file:
-                written = 0
+            with output:
                 for block in blocks:
-                    view = block.cast("B")
-                    written += len(view)
-                    while view:
-                        try:
-                            view = view[file.write(view) or 0 :]
-                        except OSError as err:
-                            raise self._translated(err, path, "write") from err
-                if written != size:
-                    raise ValueError(f"{path}: {written} bytes were given for a file of {size}")
-                os.fsync(file.fileno())
+                    try:
+                        output.write(block.cast("B"))
+                    except OSError as err:
+                        raise self._translated(err, path, "write") from err
+                if output.written != size:
+                    raise ValueError(f"{path}: {output.written} bytes were given for a file of {size}")
+                output.sync()
             os.replace(temporary, target)
+            if output.refusal and self.options.file_io == "direct":
+                _log.warning("%s: %s was written through the page cache: %s", self.url, path, output.refusal)
         except RdmaloadError:
             raise
         except OSError as err:
