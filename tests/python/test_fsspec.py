@@ -95,6 +95,11 @@ def test_failures_that_pass_are_tried_again(url: str) -> None:
         Failing.failures.append(OSError("a moment"))
         stats = LoadStats()
         assert model.load(stats=stats)["a"].sum() == 499500
+    with connector_for(url) as connector:
+        assert isinstance(connector, FileConnector)
+        Failing.failures.extend([OSError("a moment")] * 2)
+        connector.read_into("model.safetensors", 0, memoryview(bytearray(8)))
+        assert connector.retries == 2
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from urllib.parse import urlencode
 
 from rdmaload.connectors.store_digests import FileDigest
 from rdmaload.errors import FormatError, NotFoundError, NotSupportedError, UnavailableError
+from rdmaload.index import check_path
 from rdmaload.options import Options
 from rdmaload.urls import Url, is_secret_option, redact
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Buffer, Self
 
-__all__ = ["MODELS_KEY", "Connector", "FileConnector", "FileInfo", "KeyValueConnector"]
+__all__ = ["MODELS_KEY", "Connector", "FileConnector", "FileInfo", "KeyValueConnector", "is_hidden"]
 
 MODELS_KEY = "rdmaload:models"
 """Names of models in a store: a hint for listing, never relied on."""
@@ -288,6 +289,11 @@ class FileInfo:
     """Changes when the content does; None when the store has no such thing."""
 
 
+def is_hidden(path: str) -> bool:
+    """In a directory whose name begins with a dot, as tools keep beside a model (and we our manifest)."""
+    return any(part.startswith(".") for part in path.split("/")[:-1])
+
+
 class FileConnector(Connector):
     """A store of files by path; paths are relative to the model, with `/`."""
 
@@ -307,6 +313,14 @@ class FileConnector(Connector):
     def digests(self, paths: Sequence[str]) -> Mapping[str, FileDigest]:
         """CRCs that the store has of whole files, of the versions that are pinned; without those it has none of."""
         return {}
+
+    def _check(self, path: str) -> None:
+        """Raise for a closed connector, and FormatError for a path that leads out of the model or cannot be kept."""
+        self._check_open()
+        try:
+            check_path(path)
+        except FormatError as err:
+            raise FormatError(f"a file at {self.url} cannot be part of a model: {err}", url=self.url, key=path) from err
 
     def read_small(self, path: str) -> bytes | None:
         """A whole small file; None when there is none."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from rdmaload.connectors.connector import FileConnector, FileInfo
+from rdmaload.connectors.retries import Retries
 from rdmaload.errors import (
     AuthenticationError,
     FormatError,
@@ -25,7 +26,6 @@ from rdmaload.errors import (
     UnavailableError,
     UrlError,
 )
-from rdmaload.index import check_path
 from rdmaload.options import Options
 from rdmaload.urls import SECRET_TEXT, Url
 
@@ -33,7 +33,7 @@ __all__ = ["FsspecConnector"]
 
 _Result = TypeVar("_Result")
 
-_ATTEMPTS = 3
+_ATTEMPTS = 3  # file systems of networks try again by themselves
 _TEMPORARY = ".rdmaload-"
 
 # What the file systems call the tag or the date of a file in what they list, the surest first.
@@ -61,12 +61,14 @@ class FsspecConnector(FileConnector):
             self._given.setdefault("username", self.options.username)
         if password is not None:
             self._given.setdefault("password", password)
+        self._retries = Retries(self.options, count=self._count_retries, attempts=_ATTEMPTS)
         self._lock = threading.Lock()
         self._made: tuple[Any, str] | None = None  # Guarded by _lock.
 
     def close(self) -> None:
-        """Let the file system go. Idempotent."""
+        """Let the file system go and end pauses. Idempotent."""
         super().close()
+        self._retries.close()
         with self._lock:
             self._made = None
 
@@ -203,23 +205,16 @@ class FsspecConnector(FileConnector):
     # ---- names and errors ----
 
     def _place(self, path: str) -> tuple[Any, str]:
-        self._check_open()
-        try:
-            check_path(path)
-        except FormatError as err:
-            raise FormatError(f"a file in {self.url} cannot be part of a model: {err}", url=self.url, key=path) from err
+        self._check(path)
         system, root = self._system()
         return system, f"{root}/{path}"
 
     def _tried(self, verb: str, path: str | None, work: Callable[[], _Result]) -> _Result:
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                with self._translated(verb, path):
-                    return work()
-            except (UnavailableError, LoadTimeoutError):
-                if attempt == _ATTEMPTS or self._closed:
-                    raise
-        raise AssertionError("unreachable")
+        def translated() -> _Result:
+            with self._translated(verb, path):
+                return work()
+
+        return self._retries.tried(translated)
 
     @contextlib.contextmanager
     def _translated(self, verb: str, path: str | None) -> Iterator[None]:

@@ -6,16 +6,13 @@ that carry credentials to no other server, TLS and proxies as the options and th
 
 from __future__ import annotations
 
-import itertools
-import random
 import threading
-import time
 from collections.abc import Callable, Iterable
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 from rdmaload.connectors.proxies import Proxies
+from rdmaload.connectors.retries import Refused, Retries, retry_after_seconds
 from rdmaload.connectors.tls import failure_passes, meaning_of_failure, python_context
 from rdmaload.errors import (
     AuthenticationError,
@@ -42,9 +39,6 @@ _Result = TypeVar("_Result")
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS = 5
-_FIRST_PAUSE_SECONDS = 0.1
-_LONGEST_PAUSE_SECONDS = 5.0
-_LONGEST_RETRY_AFTER_SECONDS = 30.0  # as the native transport
 
 
 class Response:
@@ -91,31 +85,23 @@ class Response:
         return len(block)
 
 
-class _Refused(Exception):
-    """Retry after so many seconds."""
-
-    def __init__(self, error: RdmaloadError, after: float) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.after = after
-
-
 class HttpClient:
-    """Connections to the servers of one connector; `url` is what messages show."""
+    """Connections to the servers of one connector; `url` is what messages show, `count` hears of what is sent again."""
 
-    def __init__(self, options: Options, *, url: str, connections: int) -> None:
+    def __init__(
+        self, options: Options, *, url: str, connections: int, count: Callable[[], None] = lambda: None
+    ) -> None:
         self._options = options
         self._url = url
         self._connections = connections
-        self._closing = threading.Event()
+        self._retries = Retries(options, count=count)
         self._lock = threading.Lock()
         self._pools: dict[tuple[bool, str, str], PoolManager] = {}  # Guarded by _lock; by TLS and proxy.
-        self._has_answered = False
         self.proxies = Proxies()
 
     def close(self) -> None:
         """Give connections back and end pauses. Idempotent."""
-        self._closing.set()
+        self._retries.close()
         with self._lock:
             pools, self._pools = self._pools, {}
         for pool in pools.values():
@@ -123,21 +109,7 @@ class HttpClient:
 
     def tried(self, work: Callable[[], _Result]) -> _Result:
         """`work`, again while the server is away or says that it is busy, for `retry_timeout` at most."""
-        begin = time.monotonic()
-        for attempt in itertools.count():
-            try:
-                return work()
-            except _Refused as refused:
-                error, pause = refused.error, refused.after
-            except (UnavailableError, LoadTimeoutError) as err:
-                error, pause = err, 0.0
-            pause = max(pause, min(_FIRST_PAUSE_SECONDS * 2**attempt, _LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1))
-            # A wrong address need not be asked for a minute.
-            limit = self._options.retry_timeout
-            limit = limit if self._has_answered else min(limit, self._options.connect_timeout)
-            if time.monotonic() + pause - begin > limit or self._closing.wait(pause):
-                raise error from error.__cause__
-        raise AssertionError("unreachable")
+        return self._retries.tried(work)
 
     def request(
         self, method: str, url: str, headers: Headers, *, more: Iterable[tuple[str, str]] = (), key: str | None = None
@@ -153,7 +125,7 @@ class HttpClient:
             sent = {"User-Agent": "rdmaload", "Accept-Encoding": "identity", **dict(more)}
             sent |= dict(headers) if same else {}
             response = self._send(method, url, sent, key)
-            self._has_answered = True
+            self._retries.has_answered = True
             # A header's bytes are read as Latin-1; some servers send a name as it is.
             location = sendable(response.header("location").encode("latin-1"))
             if response.status in _REDIRECTS and location:
@@ -169,7 +141,7 @@ class HttpClient:
                 continue
             if _passes(response.status):
                 with response:
-                    raise _Refused(self.meaning(response, key), _retry_after(response))
+                    raise Refused(self.meaning(response, key), retry_after_seconds(response.header("retry-after")))
             return response
         raise UnavailableError(
             f"{self._place(key)}: more than {_MAX_REDIRECTS} redirects, the last to {shown_url(url)}",
@@ -250,7 +222,7 @@ class HttpClient:
         tls = urlsplit(url).scheme == "https"
         address, authorization = self.proxies.of(url)
         with self._lock:
-            if self._closing.is_set():
+            if self._retries.closed:
                 raise UnavailableError(f"the connector for {self._url} is closed: open another", url=self._url)
             pool = self._pools.get((tls, address, authorization))
             if pool is None:
@@ -310,18 +282,6 @@ def shown_url(url: str) -> str:
 def _passes(status: int) -> bool:
     """Whether the same request may succeed a little later."""
     return status in (408, 409, 421, 423, 425, 429) or (status >= 500 and status not in (501, 505))
-
-
-def _retry_after(response: Response) -> float:
-    text = response.header("retry-after")
-    if text.isascii() and text.isdecimal():
-        seconds = float(text)
-    else:
-        try:
-            seconds = parsedate_to_datetime(text).timestamp() - time.time()
-        except (TypeError, ValueError, OverflowError):  # neither of its two forms
-            return 0.0
-    return min(max(0.0, seconds), _LONGEST_RETRY_AFTER_SECONDS)
 
 
 def _first_error(err: BaseException) -> BaseException | None:

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 from urllib.parse import urlsplit
 
-from rdmaload.connectors.connector import FileConnector, FileInfo
+from rdmaload.connectors.connector import FileConnector, FileInfo, is_hidden
 from rdmaload.connectors.http_client import Headers, HttpClient, Response
 from rdmaload.connectors.store_digests import FileDigest, digest_of_headers
 from rdmaload.connectors.tls import native_context
 from rdmaload.errors import FormatError, IntegrityError, NotFoundError, NotSupportedError, RdmaloadError
-from rdmaload.index import check_path
 from rdmaload.options import Options
 from rdmaload.urls import Url
 
@@ -67,7 +66,10 @@ class HttpFiles(FileConnector):
     def __init__(self, url: Url, options: Options | None = None) -> None:
         super().__init__(url, options)
         self._client = HttpClient(
-            self.options, url=self.url, connections=max(self.connections, self.options.threads, 4)
+            self.options,
+            url=self.url,
+            connections=max(self.connections, self.options.threads, 4),
+            count=self._count_retries,
         )
         self._headers = header_pairs(self.options.headers)
         self._lock = threading.Lock()
@@ -325,13 +327,6 @@ class HttpFiles(FileConnector):
 
         return UnavailableError(f"{path} in {self.url}: the body ended at byte {at}", url=self.url, key=path)
 
-    def _check(self, path: str) -> None:
-        self._check_open()
-        try:
-            check_path(path)
-        except FormatError as err:
-            raise FormatError(f"a file at {self.url} cannot be part of a model: {err}", url=self.url, key=path) from err
-
 
 def header_pairs(text: str | None) -> Headers:
     """The `headers` option as pairs."""
@@ -345,11 +340,6 @@ def credentials_header(username: str | None, password: str | None) -> Headers:
         word = base64.b64encode(f"{username}:{password or ''}".encode()).decode()
         return (("Authorization", f"Basic {word}"),)
     return (("Authorization", f"Bearer {password}"),) if password else ()
-
-
-def is_hidden(path: str) -> bool:
-    """In a directory whose name begins with a dot, as tools keep beside a model (and we our manifest)."""
-    return any(part.startswith(".") for part in path.split("/")[:-1])
 
 
 def _total_of(response: Response) -> int | None:

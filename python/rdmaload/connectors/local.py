@@ -18,13 +18,11 @@ from rdmaload.connectors.connector import FileConnector, FileInfo
 from rdmaload.connectors.output_file import OutputFile
 from rdmaload.errors import (
     AuthenticationError,
-    FormatError,
     NotFoundError,
     RdmaloadError,
     UnavailableError,
     UrlError,
 )
-from rdmaload.index import check_path
 from rdmaload.options import Options
 from rdmaload.urls import Url
 
@@ -107,10 +105,7 @@ class LocalConnector(FileConnector):
             ) from err
         if not stat.S_ISREG(status.st_mode):
             return None
-        try:
-            check_path(path)
-        except FormatError as err:
-            raise FormatError(f"a file in {self.url} cannot be part of a model: {err}", url=self.url) from err
+        self._check(path)
         return FileInfo(path, status.st_size, _etag(status))
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> int:
@@ -168,11 +163,7 @@ class LocalConnector(FileConnector):
         return True
 
     def _place(self, path: str) -> Path:
-        self._check_open()
-        try:
-            check_path(path)
-        except FormatError as err:
-            raise FormatError(f"{self.url}: {err}", url=self.url, key=path) from err
+        self._check(path)
         return self.root / path
 
     def _sync_directory(self, directory: Path, path: str) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import ClassVar, Protocol
 
 from rdmaload.connectors.connector import FileConnector
+from rdmaload.connectors.tls import check_tls_options
+from rdmaload.errors import RdmaloadError, UrlError
+from rdmaload.options import Options
+from rdmaload.urls import Url
 
 __all__ = ["ObjectConnector", "Upload"]
 
@@ -38,6 +44,29 @@ class ObjectConnector(FileConnector):
     """A store of objects; a manifest lies beside the files of a model that we saved."""
 
     keeps_manifest = True
+    pins_versions = True
+    place_name: ClassVar[str] = "bucket"
+    """What such a store calls a bucket."""
+
+    def __init__(self, url: Url, options: Options | None = None) -> None:
+        super().__init__(url, options)
+        if not url.host:
+            raise UrlError(
+                f"{self.url} names no {self.place_name}; write {url.scheme}://{self.place_name.upper()}/PREFIX",
+                url=self.url,
+            )
+        self._bucket = url.host
+        self._prefix = f"{url.model}/" if url.model else ""
+        endpoint = self.options.endpoint_url or ""
+        check_tls_options(
+            self.options, url=self.url, tls=not endpoint.startswith("http://"), write="endpoint_url=https://..."
+        )
+        self._password = self.options.read_password(url=self.url)
+        self._lock = threading.Lock()
+        self._etags: Mapping[str, str] = {}
+
+    def pin(self, etags: Mapping[str, str]) -> None:
+        self._etags = dict(etags)
 
     @abstractmethod
     def put(self, path: str, data: bytes | bytearray) -> str:
@@ -94,3 +123,22 @@ class ObjectConnector(FileConnector):
             if upload is not None:
                 upload.abort()
             raise
+
+    def _key(self, path: str) -> str:
+        """What the store calls a file."""
+        self._check(path)
+        return self._prefix + path
+
+    @contextlib.contextmanager
+    def _translated(self, verb: str, path: str | None = None) -> Iterator[None]:
+        """What the store's library raises becomes an error of ours: "cannot {verb} {path} in {url}: ..."."""
+        try:
+            yield
+        except (RdmaloadError, AssertionError):
+            raise
+        except Exception as err:
+            raise self._meaning(err, verb, path) from err
+
+    @abstractmethod
+    def _meaning(self, err: Exception, verb: str, path: str | None) -> RdmaloadError:
+        """What an exception of the store's library is to the caller, without secrets."""

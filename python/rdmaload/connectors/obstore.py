@@ -12,7 +12,6 @@ import datetime
 import json
 import logging
 import re
-import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ from rdmaload.connectors.http_client import Headers, shown_url
 from rdmaload.connectors.objects import ObjectConnector
 from rdmaload.connectors.obstore_upload import ObstoreUpload
 from rdmaload.connectors.proxies import Proxies
-from rdmaload.connectors.tls import check_tls_options, native_context
+from rdmaload.connectors.tls import native_context
 from rdmaload.errors import (
     AuthenticationError,
     FormatError,
@@ -36,7 +35,6 @@ from rdmaload.errors import (
     UnavailableError,
     UrlError,
 )
-from rdmaload.index import check_path
 from rdmaload.options import Options
 from rdmaload.urls import SECRET_TEXT, Url
 
@@ -60,34 +58,17 @@ class ObstoreConnector(ObjectConnector):
     """A model in a bucket that obstore reaches."""
 
     default_options: ClassVar[Mapping[str, object]] = {"connections": 8, "threads": 4}
-    pins_versions = True
     extra: ClassVar[str]
     """What to install: the extra's name."""
-    place_name: ClassVar[str]
-    """What such a store calls a bucket."""
 
     def __init__(self, url: Url, options: Options | None = None) -> None:
         super().__init__(url, options)
-        if not url.host:
-            raise UrlError(
-                f"{self.url} names no {self.place_name}; write {url.scheme}://{self.place_name.upper()}/PREFIX",
-                url=self.url,
-            )
-        self._bucket = url.host
-        self._prefix = f"{url.model}/" if url.model else ""
-        endpoint = self.options.endpoint_url or ""
-        check_tls_options(
-            self.options, url=self.url, tls=not endpoint.startswith("http://"), write="endpoint_url=https://..."
-        )
         for name in ("client_cert_file", "ca_dir", "server_name"):
             if getattr(self.options, name) is not None:
                 raise NotSupportedError(f"{self.url}: obstore takes no {name}; give ca_file=", url=self.url)
         self._config: dict[str, Any] = json.loads(self.options.storage_options or "{}")
-        self._password = self.options.read_password(url=self.url)
-        self._lock = threading.Lock()
         self._made: Any = None  # Guarded by _lock.
         self._proxies = Proxies()
-        self._etags: Mapping[str, str] = {}
 
     @abstractmethod
     def _new_store(self, config: dict[str, Any], **more: object) -> Any:
@@ -190,9 +171,6 @@ class ObstoreConnector(ObjectConnector):
         url, headers, seconds = self._signed(self._key(path))
         proxy, authorization = self._proxies.of(url)
         return url, list(headers), self._etags.get(path, ""), proxy, authorization, seconds
-
-    def pin(self, etags: Mapping[str, str]) -> None:
-        self._etags = dict(etags)
 
     def list_files(self) -> list[FileInfo]:
         store = self._store()
@@ -297,29 +275,7 @@ class ObstoreConnector(ObjectConnector):
             return False
         return True
 
-    # ---- names and errors ----
-
-    def _key(self, path: str) -> str:
-        self._check_open()
-        self._check(path)
-        return self._prefix + path
-
-    def _check(self, path: str) -> None:
-        try:
-            check_path(path)
-        except FormatError as err:
-            raise FormatError(
-                f"an object at {self.url} cannot be part of a model: {err}", url=self.url, key=path
-            ) from err
-
-    @contextlib.contextmanager
-    def _translated(self, verb: str, path: str | None = None) -> Iterator[None]:
-        try:
-            yield
-        except (RdmaloadError, AssertionError):
-            raise
-        except Exception as err:
-            raise self._meaning(err, verb, path) from err
+    # ---- errors ----
 
     def _meaning(self, err: Exception, verb: str, path: str | None) -> RdmaloadError:
         from obstore import exceptions as theirs

@@ -8,12 +8,8 @@ only the host is signed, so that one url serves every range of an object, and a 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
-import random
 import re
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,25 +17,23 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
 from rdmaload._core import crc32c
-from rdmaload.connectors.connector import FileInfo
+from rdmaload.connectors.connector import FileInfo, is_hidden
 from rdmaload.connectors.objects import ObjectConnector
 from rdmaload.connectors.proxies import split_proxy
+from rdmaload.connectors.retries import Refused, Retries, retry_after_seconds
 from rdmaload.connectors.s3_client import S3Clients
 from rdmaload.connectors.s3_errors import meaning_of
 from rdmaload.connectors.s3_upload import S3Upload, crc_text
 from rdmaload.connectors.store_digests import FileDigest, digest_of_text
-from rdmaload.connectors.tls import check_tls_options
 from rdmaload.errors import (
     FormatError,
     IntegrityError,
-    LoadTimeoutError,
     NotFoundError,
     NotSupportedError,
     RdmaloadError,
     UnavailableError,
     UrlError,
 )
-from rdmaload.index import check_path
 from rdmaload.options import Options
 from rdmaload.urls import Url
 
@@ -67,10 +61,6 @@ _KEPT = ".rdmaload/"
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.ASCII)
 _MAX_SMALL_BYTES = 64 * 2**20  # read whole by read_small(): a manifest or an index
 
-# botocore pauses by itself in front of what it tries again; here one limit of time holds, as for all stores.
-_FIRST_PAUSE_SECONDS = 0.05
-_LONGEST_PAUSE_SECONDS = 5.0
-
 
 class S3Connector(ObjectConnector):
     """A model in a bucket: `s3://bucket/prefix`.
@@ -82,33 +72,20 @@ class S3Connector(ObjectConnector):
     """
 
     default_options: ClassVar[Mapping[str, object]] = {"connections": 16, "threads": 4}
-    pins_versions = True
 
     def __init__(self, url: Url, options: Options | None = None) -> None:
         super().__init__(url, options)
-        if not url.host:
-            raise UrlError(f"{self.url} names no bucket; write s3://BUCKET/PREFIX", url=self.url)
-        self._bucket = url.host
-        self._prefix = f"{url.model}/" if url.model else ""
-        endpoint = self.options.endpoint_url or ""
-        check_tls_options(
-            self.options, url=self.url, tls=not endpoint.startswith("http://"), write="endpoint_url=https://..."
-        )
-        self._password = self.options.read_password(url=self.url)
         if (self.options.username is None) != (self._password is None):
             raise UrlError(f"{self.url}: username (access key id) and password (secret key) go together", url=self.url)
-        self._lock = threading.Lock()
+        self._retries = Retries(self.options, count=self._count_retries)
         self._made: Any = None  # Guarded by _lock; botocore has no types.
         self._proxies: Mapping[str, str] = {}
         self._tls: TlsContext | None = None
-        self._etags: Mapping[str, str] = {}
-        self._has_answered = False
-        self._closing = threading.Event()
 
     def close(self) -> None:
         """Give connections back and end pauses. Idempotent."""
         super().close()
-        self._closing.set()
+        self._retries.close()
         with self._lock:
             client, self._made = self._made, None
         if client is not None:
@@ -193,16 +170,13 @@ class S3Connector(ObjectConnector):
         seconds = None if self.options.unsigned else float(_URL_SECONDS - _URL_MARGIN_SECONDS)
         return url, [], self._etags.get(path, ""), proxy, authorization, seconds
 
-    def pin(self, etags: Mapping[str, str]) -> None:
-        self._etags = dict(etags)
-
     def list_files(self) -> list[FileInfo]:
         found: list[FileInfo] = []
         for page in self._pages("list_objects_v2", "list", Prefix=self._prefix):
             for entry in page.get("Contents", ()):
                 path = entry["Key"][len(self._prefix) :]
                 # An empty object whose name ends with a slash is what consoles show as a folder.
-                if not path or path.endswith("/") or _is_hidden(path):
+                if not path or path.endswith("/") or is_hidden(path):
                     continue
                 self._check(path)
                 found.append(FileInfo(path, entry["Size"], _quoted(entry.get("ETag"))))
@@ -399,37 +373,22 @@ class S3Connector(ObjectConnector):
 
     # ---- names and errors ----
 
-    def _key(self, path: str) -> str:
-        self._check_open()
-        self._check(path)
-        return self._prefix + path
-
-    def _check(self, path: str) -> None:
-        try:
-            check_path(path)
-        except FormatError as err:
-            raise FormatError(
-                f"an object at {self.url} cannot be part of a model: {err}", url=self.url, key=path
-            ) from err
-
     def _tried(self, verb: str, path: str | None, work: Callable[[], _Result]) -> _Result:
         """`work` with our errors, again while the store is away or busy, for `retry_timeout` at most."""
-        begin = time.monotonic()
-        for attempt in itertools.count():
+
+        def translated() -> _Result:
+            from botocore.exceptions import ClientError
+
             try:
                 with self._translated(verb, path):
-                    result = work()
-                self._has_answered = True
-                return result
-            except (UnavailableError, LoadTimeoutError) as error:
-                pause = min(_FIRST_PAUSE_SECONDS * 2**attempt, _LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1)
-                # A wrong address need not be asked for a minute.
-                limit = self.options.retry_timeout
-                limit = limit if self._has_answered else min(limit, self.options.connect_timeout)
-                if time.monotonic() + pause - begin > limit or self._closing.wait(pause):
-                    raise error from error.__cause__
-                self._count_retries()
-        raise AssertionError("unreachable")
+                    return work()
+            except UnavailableError as error:
+                if isinstance(error.__cause__, ClientError):  # it did answer
+                    headers = error.__cause__.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+                    raise Refused(error, retry_after_seconds(headers.get("retry-after", ""))) from error
+                raise
+
+        return self._retries.tried(translated)
 
     def _pages(self, operation: str, verb: str, **asked: object) -> Iterator[Mapping[str, Any]]:
         """The answers of a listing, each tried again by itself."""
@@ -445,21 +404,10 @@ class S3Connector(ObjectConnector):
                 raise FormatError(f"{self.url}: the store lists a part and does not say how to go on", url=self.url)
             asked |= more
 
-    @contextlib.contextmanager
-    def _translated(self, verb: str, path: str | None = None) -> Iterator[None]:
-        try:
-            yield
-        except (RdmaloadError, AssertionError, NotImplementedError):
-            raise
-        except Exception as err:
-            raise meaning_of(err, verb, path, self.url) from err
+    def _meaning(self, err: Exception, verb: str, path: str | None) -> RdmaloadError:
+        return meaning_of(err, verb, path, self.url)
 
 
 def _quoted(etag: str | None) -> str | None:
     """An ETag as headers have it; some stores list it without its quotes."""
     return f'"{etag}"' if etag and not etag.endswith('"') else etag
-
-
-def _is_hidden(path: str) -> bool:
-    """In a directory whose name begins with a dot, as tools keep beside a model (and we our manifest)."""
-    return any(part.startswith(".") for part in path.split("/")[:-1])
