@@ -274,3 +274,22 @@ def test_google_is_asked_for_its_checksums_without_a_body(cloud: Cloud, tiny_che
     assert all("if-match" in request.headers for request in heads)
     bodies = [request for request in asked if request.method == "GET" and "manifest" not in request.path]
     assert all(request.range is not None and request.range != (0, 0) for request in bodies)
+
+
+def test_what_was_removed_counts_as_removed_though_the_first_answer_was_lost(cloud: Cloud) -> None:
+    lost: list[Request] = []
+
+    def loses(request: Request, honest: Reply) -> Reply:
+        if not lost and (request.method == "DELETE" or "comp=batch" in request.target):
+            lost.append(request)
+            return Reply(503)
+        return honest
+
+    cloud.server.objects["bucket/m/config.json"] = b"{}"
+    cloud.server.answer = loses
+    with connector_for(cloud.url, **cloud.options) as connector:
+        assert isinstance(connector, ObstoreConnector)
+        assert connector.delete("config.json") is True
+        assert len(lost) == 1
+        assert cloud.server.objects == {}
+        assert connector.delete("config.json") is False

@@ -579,6 +579,26 @@ def test_a_small_call_goes_on_when_the_store_comes_back(tiny_checkpoint: Checkpo
     assert left == 0
 
 
+def test_what_was_removed_counts_as_removed_though_the_first_answer_was_lost() -> None:
+    removals = 0
+
+    def loses(request: Request, honest: Reply) -> Reply:
+        nonlocal removals
+        if request.method != "DELETE":
+            return honest
+        removals += 1
+        server.objects.pop(request.path, None)
+        return Reply(503) if removals == 1 else Reply(204)
+
+    with HttpObjects({"/bucket/m/config.json": b"{}"}, loses) as server, connector_for(bent_url(server)) as connector:
+        assert isinstance(connector, S3Connector)
+        assert connector.delete("config.json") is True
+        assert removals == 2
+        assert server.objects == {}
+        assert connector.delete("config.json") is False
+        assert removals == 2
+
+
 def test_small_calls_that_are_sent_again_are_counted() -> None:
     left = 3
 

@@ -268,8 +268,8 @@ class AzureBlobs(_Cloud):
         boundary = "batchresponse_1"
         answers = []
         for number, target in enumerate(re.findall(rb"DELETE (\S+) HTTP", request.body)):
-            name = unquote(target.decode()).lstrip("/").partition("/")[2]
-            name = name if name in self.objects else unquote(target.decode()).lstrip("/")
+            path = unquote(urlsplit(target.decode()).path).lstrip("/")
+            name = path if path in self.objects else path.partition("/")[2]
             gone = self.objects.pop(name, None) is not None
             state = "202 Accepted" if gone else "404 The specified blob does not exist."
             answers.append(

@@ -334,17 +334,15 @@ class S3Connector(ObjectConnector):
     def delete(self, path: str) -> bool:
         key = self._key(path)
         client = self._client()
-
-        def delete() -> bool:
-            # S3 does not say whether there was one.
-            client.head_object(Bucket=self._bucket, Key=key)
-            client.delete_object(Bucket=self._bucket, Key=key)
-            return True
-
+        place = {"Bucket": self._bucket, "Key": key}
         try:
-            return self._tried("remove", path, delete)
+            # S3 does not say whether there was one; asked before, as the answer to a first try may be lost.
+            self._tried("remove", path, partial(client.head_object, **place))
         except NotFoundError:
             return False
+        with contextlib.suppress(NotFoundError):
+            self._tried("remove", path, partial(client.delete_object, **place))
+        return True
 
     def list_kept(self) -> list[tuple[str, float]]:
         found: list[tuple[str, float]] = []
