@@ -133,7 +133,7 @@ def test_a_child_process_does_not_wait_for_a_thread_of_its_parent() -> None:
 
 def test_data_of_other_services_is_left_to_botocore(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_DATA_PATH", str(tmp_path))
-    clients = S3Clients(Options(), None, connections=1)
+    clients = S3Clients(Options(), None, url="s3://bucket/m", connections=1)
     loader = clients._session.get_component("data_loader")
     assert loader is not _shipped()
     assert str(tmp_path) in loader.search_paths
@@ -183,7 +183,7 @@ def test_a_profile_says_how_buckets_are_addressed(monkeypatch: pytest.MonkeyPatc
         (Options(unsigned=True), "https://s3.eu-west-3.amazonaws.com/bucket/key"),
         (Options(unsigned=True, addressing_style="virtual"), "https://bucket.s3.eu-west-3.amazonaws.com/key"),
     ):
-        client = S3Clients(options, None, connections=1).in_region("eu-west-3")
+        client = S3Clients(options, None, url="s3://bucket/m", connections=1).in_region("eu-west-3")
         assert client.generate_presigned_url("get_object", Params={"Bucket": "bucket", "Key": "key"}) == expected
         client.close()
 

@@ -7,6 +7,7 @@ issued = authority.issue(names=("localhost", "127.0.0.1"))
 from __future__ import annotations
 
 import datetime
+import hashlib
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +42,10 @@ class Authority:
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .sign(self._key, hashes.SHA256())
         )
+        # OpenSSL's hash of a short name without capitals: of its parts, without what holds them together.
+        parts = self._name.public_bytes()[2:]
+        self.hashed_name = f"{int.from_bytes(hashlib.sha1(parts).digest()[:4], 'little'):08x}.0"
+        """What the certificate is called in a directory of authorities (`ca_dir`)."""
         self.ca_file = directory / f"{name}.pem"
         self.ca_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 

@@ -75,6 +75,12 @@ class S3Connector(ObjectConnector):
 
     def __init__(self, url: Url, options: Options | None = None) -> None:
         super().__init__(url, options)
+        if self.options.server_name is not None:
+            raise NotSupportedError(
+                f"{self.url}: botocore takes no server_name; write a name that the store's certificate holds into "
+                "endpoint_url=",
+                url=self.url,
+            )
         if (self.options.username is None) != (self._password is None):
             raise UrlError(f"{self.url}: username (access key id) and password (secret key) go together", url=self.url)
         self._retries = Retries(self.options, count=self._count_retries)
@@ -105,12 +111,12 @@ class S3Connector(ObjectConnector):
         from botocore.utils import get_environ_proxies
 
         options = self.options
-        clients = S3Clients(options, self._password, connections=self.connections)
+        clients = S3Clients(options, self._password, url=self.url, connections=self.connections)
         with ThreadPoolExecutor(1, "rdmaload-tls") as pool:
             # OpenSSL reads the system's authorities while botocore, which holds the GIL, reads its own data.
             tls = None
             if not (options.endpoint_url or "").startswith("http://"):
-                tls = pool.submit(clients.native_tls, self.url)
+                tls = pool.submit(clients.native_tls)
             client = clients.in_region(clients.region or "us-east-1")
             self._tls = None if tls is None else tls.result()  # first: what is wrong with it says more
             if options.region is None and options.endpoint_url is None:

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 import botocore.session
 from botocore import UNSIGNED
 from botocore.config import Config
+from botocore.httpsession import get_cert_path
 from botocore.loaders import JSONFileLoader, Loader
 
+from rdmaload.connectors.authorities import given_authorities, system_authorities
 from rdmaload.connectors.tls import native_context
 from rdmaload.errors import NotSupportedError
 from rdmaload.options import Options
@@ -42,8 +44,9 @@ class S3Clients:
     One thread at a time; the clients themselves may be used by any.
     """
 
-    def __init__(self, options: Options, password: str | None, *, connections: int) -> None:
+    def __init__(self, options: Options, password: str | None, *, url: str, connections: int) -> None:
         self._options = options
+        self._url = url
         session = botocore.session.get_session()
         if options.profile is not None:
             session.set_config_variable("profile", options.profile)
@@ -56,10 +59,7 @@ class S3Clients:
         self._session = session
         self.region: str | None = session.get_config_variable("region")
         """What options, environment or profile say; None when they say nothing."""
-        # The last is where botocore's own http library looks: small calls and weights trust the same.
-        self._ca_file: str | None = (
-            options.ca_file or session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
-        )
+        self._ca_file = self._authorities() if options.verify_tls else None
         certificate = options.client_cert_file
         self._config = Config(
             signature_version=UNSIGNED if options.unsigned else "s3v4",
@@ -83,16 +83,29 @@ class S3Clients:
             region_name=region,
             endpoint_url=options.endpoint_url,
             config=self._config,
-            verify=(self._ca_file or None) if options.verify_tls else False,
+            verify=self._ca_file if options.verify_tls else False,
         )
 
-    def native_tls(self, url: str) -> TlsContext | None:
+    def _authorities(self) -> str | None:
+        """The file of whom small calls and weights trust; None where no TLS is spoken.
+
+        Those that are given, else those of botocore's variables, else the system's; where it has none, botocore's own,
+        as for the aws command.
+        """
+        if (self._options.endpoint_url or "").startswith("http://"):
+            return None
+        return (
+            given_authorities(self._options, url=self._url)
+            or self._session.get_config_variable("ca_bundle")
+            or os.environ.get("REQUESTS_CA_BUNDLE")  # which botocore's http library knows
+            or system_authorities()
+            or str(get_cert_path(True))
+        )
+
+    def native_tls(self) -> TlsContext | None:
         """The same TLS for the native transport; None where there is no OpenSSL: http:// works all the same."""
-        options = self._options
-        if self._ca_file and not options.ca_file:
-            options = replace(options, ca_file=self._ca_file)
         try:
-            return native_context(options, url=url)
+            return native_context(replace(self._options, ca_file=self._ca_file, ca_dir=None), url=self._url)
         except NotSupportedError:
             return None
 

@@ -82,7 +82,7 @@ def meaning_of(err: Exception, verb: str, path: str | None, url: str) -> Rdmaloa
         kind = AuthenticationError
         hint = "set up credentials as for the aws command, or give unsigned=true for a public bucket"
     elif isinstance(err, theirs.SSLError):
-        kind, hint = AuthenticationError, "check ca_file, or give verify_tls=false for a store that you trust unseen"
+        kind, hint = AuthenticationError, "give the CA that signed the store's certificate by ca_file= or ca_dir="
     elif isinstance(err, (FileNotFoundError, PermissionError)):  # of a token or credentials that the profile names
         kind, hint = AuthenticationError, "set up credentials as for the aws command"
     elif isinstance(err, (theirs.ParamValidationError, ValueError)):
