@@ -134,6 +134,8 @@ def parse_url(url: str | PathLike[str] | Url, *, require_model: bool = True) -> 
     query = {} if scheme in _OPTIONLESS_SCHEMES else _parse_query(text, query_text)
     if scheme == "file":
         return _file_url(text, authority, slash + path_text, query)
+    if scheme == "s3" and head.startswith("arn:"):
+        return _arn_url(text, matched.group(0).lower(), head, query_text, query)
     if scheme == "hf":
         return _hf_url(text, matched.group(0).lower(), head, query_text, query)
 
@@ -183,6 +185,17 @@ def _file_url(text: str, authority: str, path_text: str, query: dict[str, str]) 
     if not path:
         _refuse(text, "names no directory; write file:///path")
     return Url(scheme="file", redacted=redact(text), text=text, path=path, query=query)
+
+
+def _arn_url(text: str, start: str, head: str, query_text: str, query: dict[str, str]) -> Url:
+    """An access point by its ARN, which has colons and a slash of its own, in the bucket's place."""
+    bucket, _, prefix = head.partition("/")
+    if bucket.endswith(":accesspoint"):
+        name, _, prefix = prefix.partition("/")
+        bucket += f"/{name}"
+    shown = start + head + ("?" + _redact_query(query_text, everything=False) if query_text else "")
+    model = _decode(text, prefix).removesuffix("/")
+    return Url(scheme="s3", redacted=shown, text=text, host=_decode(text, bucket), model=model, query=query)
 
 
 def _hf_url(text: str, start: str, head: str, query_text: str, query: dict[str, str]) -> Url:

@@ -13,15 +13,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, ClassVar, TypeVar
 
 from rdmaload._core import crc32c
 from rdmaload.connectors.connector import FileInfo, is_hidden
 from rdmaload.connectors.objects import ObjectConnector
-from rdmaload.connectors.proxies import split_proxy
 from rdmaload.connectors.retries import Refused, Retries, retry_after_seconds
-from rdmaload.connectors.s3_client import S3Clients
+from rdmaload.connectors.s3_access import S3Access
 from rdmaload.connectors.s3_errors import meaning_of
 from rdmaload.connectors.s3_upload import S3Upload, crc_text
 from rdmaload.connectors.store_digests import FileDigest, digest_of_text
@@ -37,18 +35,11 @@ from rdmaload.errors import (
 from rdmaload.options import Options
 from rdmaload.urls import Url
 
-if TYPE_CHECKING:
-    from rdmaload._core import TlsContext
-
 __all__ = ["S3Connector"]
 
 _log = logging.getLogger("rdmaload")
 
 _Result = TypeVar("_Result")
-
-# A url is good for an hour and signed anew five minutes earlier: a read that waits in a queue still has one that works.
-_URL_SECONDS = 3600
-_URL_MARGIN_SECONDS = 300
 
 _DIGEST_FIELDS = {"crc32c": "ChecksumCRC32C", "crc32": "ChecksumCRC32", "crc64nvme": "ChecksumCRC64NVME"}
 
@@ -84,68 +75,25 @@ class S3Connector(ObjectConnector):
         if (self.options.username is None) != (self._password is None):
             raise UrlError(f"{self.url}: username (access key id) and password (secret key) go together", url=self.url)
         self._retries = Retries(self.options, count=self._count_retries)
-        self._made: Any = None  # Guarded by _lock; botocore has no types.
-        self._proxies: Mapping[str, str] = {}
-        self._tls: TlsContext | None = None
+        self._access = S3Access(
+            self._bucket,
+            self.options,
+            self._password,
+            url=self.url,
+            connections=self.connections,
+            tried=self._tried,
+        )
 
     def close(self) -> None:
         """Give connections back and end pauses. Idempotent."""
         super().close()
         self._retries.close()
-        with self._lock:
-            client, self._made = self._made, None
-        if client is not None:
-            client.close()
-
-    # ---- the client ----
+        self._access.close()
 
     def _client(self) -> Any:
         self._check_open()
-        with self._lock:
-            if self._made is None:
-                with self._translated("connect to"):
-                    self._made = self._new_client()
-            return self._made
-
-    def _new_client(self) -> Any:
-        from botocore.utils import get_environ_proxies
-
-        options = self.options
-        clients = S3Clients(options, self._password, url=self.url, connections=self.connections)
-        with ThreadPoolExecutor(1, "rdmaload-tls") as pool:
-            # OpenSSL reads the system's authorities while botocore, which holds the GIL, reads its own data.
-            tls = None
-            if not (options.endpoint_url or "").startswith("http://"):
-                tls = pool.submit(clients.native_tls)
-            client = clients.in_region(clients.region or "us-east-1")
-            self._tls = None if tls is None else tls.result()  # first: what is wrong with it says more
-            if options.region is None and options.endpoint_url is None:
-                client = self._in_region_of_bucket(client, clients)
-        self._proxies = get_environ_proxies(client.meta.endpoint_url) or {}
-        return client
-
-    def _in_region_of_bucket(self, client: Any, clients: S3Clients) -> Any:
-        """A url that is signed for another region than the bucket's is refused: ask where it is.
-
-        A region that environment or profile name is a default for many buckets, so it may be another one, too.
-        """
-        from botocore.exceptions import ClientError
-
-        def ask() -> Mapping[str, Any]:
-            try:
-                found: Mapping[str, Any] = client.head_bucket(Bucket=self._bucket)
-            except ClientError as err:  # a refusal says it too
-                if err.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500:
-                    raise
-                found = err.response
-            return found
-
-        answer = self._tried("look for", None, ask)
-        region = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region")
-        if region in (None, client.meta.region_name):
-            return client
-        client.close()
-        return clients.in_region(region)
+        with self._translated("connect to"):
+            return self._access.client()
 
     # ---- reading ----
 
@@ -160,21 +108,17 @@ class S3Connector(ObjectConnector):
             connect_timeout=options.connect_timeout,
             inactivity_timeout=options.inactivity_timeout,
             stall_timeout=options.stall_timeout,
-            tls=self._tls,
+            tls=self._access.tls,
             name=self.url,
         )
         return transport
 
     def _address(self, path: str, refused: bool) -> tuple[str, list[tuple[str, str]], str, str, str, float | None]:
         """Where the native transport finds a file; `refused` needs nothing more: every url is signed anew."""
-        client = self._client()
+        key = self._key(path)
         with self._translated("sign a url for", path):
-            url = client.generate_presigned_url(
-                "get_object", Params={"Bucket": self._bucket, "Key": self._key(path)}, ExpiresIn=_URL_SECONDS
-            )
-        proxy, authorization = split_proxy(self._proxies.get(urlsplit(url).scheme, ""))
-        seconds = None if self.options.unsigned else float(_URL_SECONDS - _URL_MARGIN_SECONDS)
-        return url, [], self._etags.get(path, ""), proxy, authorization, seconds
+            found = self._access.signed_url(key)
+        return found.url, [], self._etags.get(path, ""), found.proxy, found.proxy_authorization, found.seconds
 
     def list_files(self) -> list[FileInfo]:
         found: list[FileInfo] = []

@@ -44,7 +44,10 @@ class S3Clients:
     One thread at a time; the clients themselves may be used by any.
     """
 
-    def __init__(self, options: Options, password: str | None, *, url: str, connections: int) -> None:
+    def __init__(
+        self, options: Options, password: str | None, *, url: str, connections: int, sessions: bool = False
+    ) -> None:
+        """`sessions`: the bucket wants requests signed by a session of its own, not by credentials."""
         self._options = options
         self._url = url
         session = botocore.session.get_session()
@@ -62,7 +65,7 @@ class S3Clients:
         self._ca_file = self._authorities() if options.verify_tls else None
         certificate = options.client_cert_file
         self._config = Config(
-            signature_version=UNSIGNED if options.unsigned else "s3v4",
+            signature_version=UNSIGNED if options.unsigned else None if sessions else "s3v4",
             # What is given here counts more than a profile's own.
             s3=None if options.addressing_style == "auto" else {"addressing_style": options.addressing_style},
             connect_timeout=options.connect_timeout,
