@@ -281,3 +281,18 @@ def test_a_store_that_has_moved_to_https_says_what_to_write(status: int) -> None
         with pytest.raises(UrlError, match=r"redirect to https://store.example/.* write https:// in endpoint_url="):
             rdmaload.load(f"s3://bucket/m?endpoint_url={server.endpoint}&region=us-east-1&addressing_style=path")
         assert len(server.requests) == 1
+
+
+def test_weights_that_are_sent_on_to_https_say_what_to_write(tiny_checkpoint: Checkpoint) -> None:
+    def moved(request: Request, honest: Reply) -> Reply:
+        if signed(request).native:
+            return Reply(307, {"Location": "https://store.example/there?sig=hush"})
+        return honest
+
+    with (
+        HttpObjects(objects_of(tiny_checkpoint), moved) as server,
+        pytest.raises(NotSupportedError, match=r"https://store.example/there, .*endpoint_url=") as caught,
+    ):
+        rdmaload.load(f"s3://bucket/m?endpoint_url={server.endpoint}&region=us-east-1&addressing_style=path")
+    assert "hush" not in str(caught.value)
+    assert caught.value.key is not None
