@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 
 import rdmaload
 from rdmaload.connectors import FileConnector, connector_for
-from rdmaload.errors import IntegrityError, NotFoundError, NotSupportedError, RdmaloadError
+from rdmaload.connectors.objects import ObjectConnector
+from rdmaload.errors import FormatError, IntegrityError, NotFoundError, NotSupportedError, RdmaloadError
 from rdmaload.stats import LoadStats
 from tests.support.certificates import Authority
 from tests.support.checkpoints import Checkpoint
@@ -174,3 +176,67 @@ def test_a_save_comes_back_verified_or_is_refused(shelf: Shelf, tiny_checkpoint:
         rdmaload.save(source, shelf.url, overwrite=False, **shelf.options)
     rdmaload.save({"a": torch.zeros(3)}, shelf.url, **shelf.options)
     assert rdmaload.load(shelf.url, **shelf.options)["a"].tolist() == [0, 0, 0]
+
+
+def names_at(shelf: Shelf) -> set[str]:
+    """Every name below the model, also those that are no files of it."""
+    with connector_for(shelf.url, **shelf.options) as connector:
+        assert isinstance(connector, ObjectConnector)
+        kept = {path for path, _ in connector.list_kept()}
+        try:
+            return kept | {info.path for info in connector.list_files()}
+        except NotFoundError:
+            return kept
+
+
+def test_prune_takes_what_saves_left_and_remove_the_model_and_nothing_else(
+    shelf: Shelf, tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not shelf.keeps_manifest:
+        for remove in (rdmaload.prune, rdmaload.remove):
+            with pytest.raises(NotSupportedError, match="keeps plain files"):
+                remove(shelf.url, **shelf.options)
+        return
+    begun = time.time()
+    fill(shelf, tiny_checkpoint)
+    for remove in (rdmaload.remove, rdmaload.remove):  # what we did not save stays, however often one asks
+        with pytest.raises(NotSupportedError, match="no manifest"):
+            remove(shelf.url, **shelf.options)
+    rdmaload.save(tiny_checkpoint.directory, shelf.url, **shelf.options)
+    saved = names_at(shelf)
+    left = {f".rdmaload/{'1' * 32}/index", f".rdmaload/saving/{'2' * 32}", f".rdmaload/parts/{'3' * 32}/0"}
+    others = {"notes ä.md", "deeper/notes.md"}
+    with connector_for(shelf.url, **shelf.options) as connector:  # rclone does not look again for what others put
+        assert isinstance(connector, ObjectConnector)
+        for name in [*left, *others, ".rdmaload/something-newer"]:
+            connector.put(name, b"left")
+
+    # Whatever clock the store has: to a machine whose own is far behind, all of it is young.
+    monkeypatch.setattr("rdmaload.object_removal.time.time", lambda: 0.0)
+    stats = rdmaload.prune(shelf.url, **shelf.options)
+    assert (stats.generations, stats.saves, stats.keys, stats.waiting) == (0, 0, 0, 1)
+    assert names_at(shelf) == saved | left | others | {".rdmaload/something-newer"}
+    monkeypatch.setattr("rdmaload.object_removal.time.time", lambda: begun + 7200)
+    stats = rdmaload.prune(shelf.url, **shelf.options)
+    assert (stats.generations, stats.saves, stats.keys, stats.waiting) == (1, 2, 3, 0)
+    assert names_at(shelf) == saved | others | {".rdmaload/something-newer"}
+    assert_loaded(rdmaload.load(shelf.url, verify="require", **shelf.options), tiny_checkpoint)
+
+    assert rdmaload.remove(shelf.url, **shelf.options) == len(saved) + 1
+    assert names_at(shelf) == others
+    with pytest.raises(NotSupportedError, match="no manifest"):
+        rdmaload.remove(shelf.url, **shelf.options)
+
+
+def test_a_file_is_removed_once(shelf: Shelf) -> None:
+    shelf.put("config.json", b"{}")
+    with connector_for(shelf.url, **shelf.options) as connector:
+        assert isinstance(connector, FileConnector)
+        if not shelf.writable:
+            with pytest.raises(NotSupportedError):
+                connector.delete("config.json")
+            return
+        assert connector.delete("config.json") is True
+        assert connector.delete("config.json") is False
+        with pytest.raises(FormatError, match=r"\.\."):
+            connector.delete("../config.json")

@@ -14,7 +14,10 @@ from rdmaload.errors import RdmaloadError, UrlError
 from rdmaload.options import Options
 from rdmaload.urls import Url
 
-__all__ = ["ObjectConnector", "Upload"]
+__all__ = ["KEPT", "ObjectConnector", "Upload"]
+
+KEPT = ".rdmaload/"
+"""Where saves keep what is no file of the model."""
 
 # S3 takes parts of 5 MiB to 5 GiB and at most 10,000 of them. Two chunks of the default size.
 _PART_BYTES = 16 * 2**20

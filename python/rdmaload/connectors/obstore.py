@@ -20,7 +20,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from rdmaload.connectors.connector import FileInfo
 from rdmaload.connectors.http_client import Headers, shown_url
-from rdmaload.connectors.objects import ObjectConnector
+from rdmaload.connectors.objects import KEPT, ObjectConnector
 from rdmaload.connectors.obstore_upload import ObstoreUpload
 from rdmaload.connectors.proxies import Proxies
 from rdmaload.connectors.tls import native_context
@@ -276,6 +276,17 @@ class ObstoreConnector(ObjectConnector):
         with contextlib.suppress(NotFoundError), self._translated("remove", path):
             obstore.delete(store, key)
         return True
+
+    def list_kept(self) -> list[tuple[str, float]]:
+        store = self._store()
+        import obstore
+
+        with self._translated("list"):
+            return [
+                (entry["path"][len(self._prefix) :], entry["last_modified"].timestamp())
+                for page in obstore.list(store, f"{self._prefix}{KEPT}".removesuffix("/"))
+                for entry in page
+            ]
 
     # ---- errors ----
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 
 from rdmaload._core import crc32c
 from rdmaload.connectors.connector import FileInfo, is_hidden
-from rdmaload.connectors.objects import ObjectConnector
+from rdmaload.connectors.objects import KEPT, ObjectConnector
 from rdmaload.connectors.retries import Refused, Retries, retry_after_seconds
 from rdmaload.connectors.s3_access import S3Access
 from rdmaload.connectors.s3_errors import meaning_of
@@ -48,7 +48,6 @@ _NEXT_PAGE = {
     "KeyMarker": "NextKeyMarker",
     "UploadIdMarker": "NextUploadIdMarker",
 }
-_KEPT = ".rdmaload/"
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.ASCII)
 _MAX_SMALL_BYTES = 64 * 2**20  # read whole by read_small(): a manifest or an index
 
@@ -296,7 +295,7 @@ class S3Connector(ObjectConnector):
 
     def list_kept(self) -> list[tuple[str, float]]:
         found: list[tuple[str, float]] = []
-        for page in self._pages("list_objects_v2", "list", Prefix=f"{self._prefix}{_KEPT}"):
+        for page in self._pages("list_objects_v2", "list", Prefix=f"{self._prefix}{KEPT}"):
             for entry in page.get("Contents", ()):
                 found.append((entry["Key"][len(self._prefix) :], entry["LastModified"].timestamp()))
         return found
