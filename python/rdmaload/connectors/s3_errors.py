@@ -64,6 +64,11 @@ _CREDENTIALS = (
     "Login",
 )
 
+_CHECK = "check the credentials and what they may do"
+_FOR_CREDENTIALS = frozenset(
+    {"AssumeRole", "AssumeRoleWithSAML", "AssumeRoleWithWebIdentity", "CreateToken", "GetRoleCredentials"}
+)
+
 
 def meaning_of(err: Exception, verb: str, path: str | None, url: str) -> RdmaloadError:
     """What an exception of botocore means to the caller, without secrets of urls."""
@@ -77,7 +82,12 @@ def meaning_of(err: Exception, verb: str, path: str | None, url: str) -> Rdmaloa
         error = err.response.get("Error", {})
         status = err.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         kind, hint = _meaning_of_code(str(error.get("Code", "")), int(status))
-        text = f"{error.get('Code', status)}: {error.get('Message') or 'no further word'}"
+        asked = ""
+        if err.operation_name in _FOR_CREDENTIALS:
+            asked = f" ({err.operation_name})"  # it was not the bucket's store that refused
+            if kind is not UnavailableError:
+                kind, hint = AuthenticationError, _CHECK
+        text = f"{error.get('Code', status)}{asked}: {error.get('Message') or 'no further word'}"
     elif name.startswith(_CREDENTIALS) or isinstance(err, (theirs.ProfileNotFound, theirs.ConfigParseError)):
         kind = AuthenticationError
         hint = "set up credentials as for the aws command, or give unsigned=true for a public bucket"
@@ -97,7 +107,7 @@ def _meaning_of_code(code: str, status: int) -> tuple[type[RdmaloadError], str]:
     if code in _NOT_FOUND:
         return NotFoundError, "check bucket and prefix" if code == "NoSuchBucket" else ""
     if code in _REFUSED:
-        return AuthenticationError, "check the credentials and what they may do"
+        return AuthenticationError, _CHECK
     if code in ("PreconditionFailed", "412"):
         return IntegrityError, "it was replaced after the model was opened: open it again"
     if code in ("PermanentRedirect", "301", "IllegalLocationConstraintException"):
@@ -111,7 +121,7 @@ def _meaning_of_code(code: str, status: int) -> tuple[type[RdmaloadError], str]:
     if status >= 500 or status in (408, 429) or code in _BUSY:
         return UnavailableError, ""
     if status in (401, 403, 407):
-        return AuthenticationError, "check the credentials and what they may do"
+        return AuthenticationError, _CHECK
     if status in (404, 410):
         return NotFoundError, ""
     if status == 412:
