@@ -113,9 +113,20 @@ def test_without_a_region_weights_are_asked_for_where_the_store_says(
         assert any(one.native for one in others)
 
 
+def test_a_store_that_does_not_mind_regions_may_name_another(tiny_checkpoint: Checkpoint) -> None:
+    def names_its_own(request: Request, honest: Reply) -> Reply:
+        honest.headers["x-amz-bucket-region"] = "home"
+        return honest
+
+    with HttpObjects(objects_of(tiny_checkpoint), names_its_own) as server:
+        url = f"s3://bucket/m?endpoint_url={server.endpoint}&addressing_style=path&region=us-east-1"
+        assert compare(rdmaload.load(url), tiny_checkpoint.directory) == tiny_checkpoint.bytes
+    assert {signed(request).region for request in server.requests} == {"us-east-1"}
+
+
 def test_a_region_that_is_no_name_is_not_believed() -> None:
     def lies(request: Request, honest: Reply) -> Reply:
-        return Reply(403, {"x-amz-bucket-region": "evil.example/"}, b"<Error><Code>AccessDenied</Code></Error>")
+        return Reply(400, {"x-amz-bucket-region": "evil.example/"}, b"<Error><Code>BadRequest</Code></Error>")
 
     with HttpObjects({}, lies) as server, pytest.raises(rdmaload.RdmaloadError) as caught:
         rdmaload.load(f"s3://bucket/m?endpoint_url={server.endpoint}&region=us-east-1")
@@ -273,14 +284,20 @@ def test_the_region_of_a_directory_bucket_must_be_given() -> None:
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
-def test_a_store_that_has_moved_to_https_says_what_to_write(status: int) -> None:
+def test_a_store_that_has_moved_to_https_says_what_to_write(
+    status: int, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def moved(request: Request, honest: Reply) -> Reply:
         return Reply(status, {"Location": f"https://store.example{request.target}"})
 
+    words = r"redirect to https://store.example/.* write https:// in endpoint_url="
     with HttpObjects({}, moved) as server:
-        with pytest.raises(UrlError, match=r"redirect to https://store.example/.* write https:// in endpoint_url="):
+        with pytest.raises(UrlError, match=words):
             rdmaload.load(f"s3://bucket/m?endpoint_url={server.endpoint}&region=us-east-1&addressing_style=path")
-        assert len(server.requests) == 1
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.endpoint)
+        with pytest.raises(UrlError, match=words):
+            rdmaload.load("s3://bucket/m?region=us-east-1&addressing_style=path", ca_file=authority.ca_file)
+        assert len(server.requests) == 2
 
 
 def test_weights_that_are_sent_on_to_https_say_what_to_write(tiny_checkpoint: Checkpoint) -> None:

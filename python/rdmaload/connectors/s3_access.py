@@ -32,6 +32,8 @@ _URL_MARGIN_SECONDS = 300
 # botocore renews a session in its last 45 seconds: a url that is signed before has at least so many left.
 _SESSION_URL_SECONDS = 30
 
+# Redirects, and the refusal of a signature for another region; others may name a region and mean something else.
+_ELSEWHERE = frozenset({301, 302, 307, 308, 400})
 _REGION = re.compile(r"[a-z0-9-]{1,40}", re.ASCII)
 _ACCESS_POINT = re.compile(r"arn:[^:]+:s3:([^:]+):[^:]+:accesspoint[:/].+")
 
@@ -133,10 +135,11 @@ class S3Access:
 
     def _in_region(self, clients: S3Clients, region: str) -> Any:
         client = clients.in_region(region)
+        encrypted = not client.meta.endpoint_url.startswith("http://")
 
         def hear(parsed_response: Mapping[str, Any] | None, **_: object) -> None:
             if parsed_response is not None:
-                self._hear(parsed_response, region)
+                self._hear(parsed_response, region, encrypted=encrypted)
 
         client.meta.events.register("response-received.s3", hear)
         return client
@@ -172,17 +175,16 @@ class S3Access:
                 url=self._url,
             )
 
-    def _hear(self, answer: Mapping[str, Any], region: str) -> None:
+    def _hear(self, answer: Mapping[str, Any], region: str, *, encrypted: bool) -> None:
         """What a refusal says of where the bucket is.
 
         botocore asks there by itself, but signs urls for where we said. A region that was given is not replaced by
         another without a word; one that was a default is.
         """
-        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        if status < 300 or status >= 500:
+        if answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) not in _ELSEWHERE:
             return
         location = str(_headers(answer).get("location", ""))
-        if (self._options.endpoint_url or "").startswith("http://") and location.startswith("https://"):
+        if not encrypted and location.startswith("https://"):
             raise UrlError(
                 f"{self._url}: the store answers http:// with a redirect to {shown_url(location)}: write https:// in "
                 "endpoint_url=",
