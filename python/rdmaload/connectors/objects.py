@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, Protocol
 
 from rdmaload.connectors.connector import FileConnector
-from rdmaload.connectors.tls import check_tls_options
 from rdmaload.errors import RdmaloadError, UrlError
 from rdmaload.options import Options
 from rdmaload.urls import Url
@@ -53,6 +52,8 @@ class ObjectConnector(FileConnector):
 
     def __init__(self, url: Url, options: Options | None = None) -> None:
         super().__init__(url, options)
+        from rdmaload.connectors.tls import check_tls_options  # brings ssl, which not everybody needs
+
         if not url.host:
             raise UrlError(
                 f"{self.url} names no {self.place_name}; write {url.scheme}://{self.place_name.upper()}/PREFIX",
