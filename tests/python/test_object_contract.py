@@ -153,13 +153,13 @@ def test_a_save_comes_back_verified_or_is_refused(shelf: Shelf, tiny_checkpoint:
         with pytest.raises(NotSupportedError, match="can be read, not saved"):
             rdmaload.save(tiny_checkpoint.directory, shelf.url, **shelf.options)
         return
-    (tiny_checkpoint.directory / "empty").touch()
     big = bytes(range(256)) * (40 * 4096 + 7)  # three parts
     source = tmp_path / "source"
     source.mkdir()
     for path in tiny_checkpoint.directory.iterdir():
         (source / path.name).write_bytes(path.read_bytes())
     (source / "ä b.bin").write_bytes(big)
+    (source / "empty").touch()
     shelf.put("model-00009-of-00009.safetensors", b"of an older model")
     saved = rdmaload.save(source, shelf.url, **shelf.options)
     assert saved.published

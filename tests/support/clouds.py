@@ -170,6 +170,8 @@ class GoogleStorage(_Cloud):
             self.parts[upload] = {}
             return _xml(f"<InitiateMultipartUploadResult><UploadId>{upload}</UploadId></InitiateMultipartUploadResult>")
         upload = query.get("uploadId", "")
+        if upload and upload not in self.parts:  # a part that was on its way when it was dropped
+            return Reply(404, {}, b"<Error><Code>NoSuchUpload</Code><Message>no such upload</Message></Error>")
         if request.method == "PUT" and upload:
             self.parts[upload][query["partNumber"]] = request.body
             return Reply(200, {"ETag": etag_of(request.body)})
