@@ -221,7 +221,8 @@ def _descriptors() -> set[str]:
             target = os.readlink(entry)
         except OSError:  # the descriptor of the listing itself
             continue
-        if not target.startswith(("/proc/", *_DRIVERS_OWN)):
+        # What was gathered of authorities is kept for the process, once for each content.
+        if not target.startswith(("/proc/", "/memfd:rdmaload-authorities", *_DRIVERS_OWN)):
             found.add(f"descriptor {entry.name} -> {target}")
     return found
 

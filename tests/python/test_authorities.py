@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 import rdmaload
-from rdmaload.connectors import authorities
 from rdmaload.connectors.authorities import given_authorities, system_authorities
 from rdmaload.errors import AuthenticationError, NotSupportedError
 from rdmaload.options import Options
@@ -20,17 +19,13 @@ from tests.support.s3 import HttpObjects, s3_url
 
 
 @pytest.fixture(autouse=True)
-def nobody_is_trusted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A machine without authorities, credentials, profiles and proxies; what is kept for the process is let go."""
+def nobody_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without authorities, credentials, profiles and proxies."""
     for name in list(os.environ):
         if name.startswith("AWS_") or name.lower().endswith("_proxy") or name == "REQUESTS_CA_BUNDLE":
             monkeypatch.delenv(name)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "SSL_CERT_FILE", "SSL_CERT_DIR"):
         monkeypatch.setenv(name, "/nonexistent")
-    yield
-    for descriptor in authorities._descriptors.values():
-        os.close(descriptor)
-    authorities._descriptors.clear()
 
 
 @pytest.fixture

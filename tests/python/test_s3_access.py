@@ -13,7 +13,7 @@ import pytest
 import rdmaload
 from rdmaload.connectors import connector_for
 from rdmaload.connectors.s3 import S3Connector
-from rdmaload.errors import NotSupportedError, UrlError
+from rdmaload.errors import AuthenticationError, NotSupportedError, UrlError
 from rdmaload.urls import parse_url
 from tests.support.certificates import Authority
 from tests.support.checkpoints import Checkpoint, compare
@@ -29,7 +29,7 @@ _POINT_HOST = "reads-123456789012.s3-accesspoint.eu-west-3.amazonaws.com"
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """The keys of nobody, and no profiles or proxies of whoever runs the tests."""
     for name in list(os.environ):
-        if name.startswith("AWS_") or name.lower().endswith("_proxy"):
+        if name.startswith("AWS_") or name.lower().endswith("_proxy") or name == "REQUESTS_CA_BUNDLE":
             monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
@@ -300,16 +300,21 @@ def test_a_store_that_has_moved_to_https_says_what_to_write(
         assert len(server.requests) == 2
 
 
-def test_weights_that_are_sent_on_to_https_say_what_to_write(tiny_checkpoint: Checkpoint) -> None:
+def test_weights_that_are_sent_on_to_https_are_read_there(
+    tiny_checkpoint: Checkpoint, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def moved(request: Request, honest: Reply) -> Reply:
         if signed(request).native:
-            return Reply(307, {"Location": "https://store.example/there?sig=hush"})
+            return Reply(307, {"Location": f"{there.endpoint.replace('http://', 'https://')}{request.target}"})
         return honest
 
-    with (
-        HttpObjects(objects_of(tiny_checkpoint), moved) as server,
-        pytest.raises(NotSupportedError, match=r"https://store.example/there, .*endpoint_url=") as caught,
-    ):
-        rdmaload.load(f"s3://bucket/m?endpoint_url={server.endpoint}&region=us-east-1&addressing_style=path")
-    assert "hush" not in str(caught.value)
-    assert caught.value.key is not None
+    objects = objects_of(tiny_checkpoint)
+    with HttpObjects(objects, tls=authority.issue()) as there, HttpObjects(objects, moved) as server:
+        url = f"s3://bucket/m?endpoint_url={server.endpoint}&region=us-east-1&addressing_style=path"
+        monkeypatch.setenv("SSL_CERT_DIR", "/nonexistent")
+        monkeypatch.setenv("SSL_CERT_FILE", str(authority.ca_file))
+        assert compare(rdmaload.load(url), tiny_checkpoint.directory) == tiny_checkpoint.bytes
+        assert there.requests
+        monkeypatch.setenv("SSL_CERT_FILE", "/nonexistent")
+        with pytest.raises(AuthenticationError, match="is not accepted"):
+            rdmaload.load(url)

@@ -135,12 +135,6 @@ std::shared_ptr<const HttpTransport::Place> HttpTransport::redirected(
     throw Error(ErrorCode::kNotSupported, "the server redirects from https to " + place->url().shown() +
                                               ", which anyone on the way could change");
   }
-  if (place->url().tls && options_.tls == nullptr) {
-    throw Error(
-        ErrorCode::kNotSupported,
-        "the server redirects from http to " + place->url().shown() +
-            ", for which TLS is not set up: give its https address (endpoint_url= of an object store)");
-  }
   // Credentials are for the server that they were given for.
   if (!place->url().same_server(from->url())) place->address.headers.clear();
   std::lock_guard lock(mutex_);

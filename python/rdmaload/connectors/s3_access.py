@@ -6,9 +6,10 @@ requests are signed by sessions of five minutes that botocore begins and renews.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -67,8 +68,8 @@ class S3Access:
         self._left: list[Any] = []  # Guarded by _lock; clients that others may still use.
         self._told_region: str | None = None
         self._proxies: Mapping[str, str] = {}
-        self.tls: TlsContext | None = None
-        """For the weights; None before there is a client, and where the store speaks none."""
+        self.tls: TlsContext | Callable[[], TlsContext] | None = None
+        """For the weights: made with the client, or, where the store speaks none, when it sends them on to https."""
         self._arn_region: str | None = None
         if bucket.startswith("arn:"):
             self._arn_region = self._region_of_access_point()
@@ -125,7 +126,9 @@ class S3Access:
             if not (options.endpoint_url or "").startswith("http://"):
                 tls = pool.submit(clients.native_tls)
             client = self._in_region(clients, self._arn_region or clients.region or "us-east-1")
-            self.tls = None if tls is None else tls.result()  # first: what is wrong with it says more
+            self.tls = clients.native_tls
+            with contextlib.suppress(NotSupportedError):  # without OpenSSL, http:// works all the same
+                self.tls = clients.native_tls if tls is None else tls.result()  # first: what is wrong says more
             if self._is_directory:
                 self._check_zone_has_region(clients)
             elif options.region is None and options.endpoint_url is None and self._arn_region is None:

@@ -25,7 +25,6 @@ from botocore.loaders import JSONFileLoader, Loader
 
 from rdmaload.connectors.authorities import given_authorities, system_authorities
 from rdmaload.connectors.tls import native_context
-from rdmaload.errors import NotSupportedError
 from rdmaload.options import Options
 
 if TYPE_CHECKING:
@@ -62,7 +61,8 @@ class S3Clients:
         self._session = session
         self.region: str | None = session.get_config_variable("region")
         """What options, environment or profile say; None when they say nothing."""
-        self._ca_file = self._authorities() if options.verify_tls else None
+        encrypted = not (options.endpoint_url or "").startswith("http://")
+        self._ca_file = self._authorities() if options.verify_tls and encrypted else None
         certificate = options.client_cert_file
         self._config = Config(
             signature_version=UNSIGNED if options.unsigned else None if sessions else "s3v4",
@@ -89,14 +89,12 @@ class S3Clients:
             verify=self._ca_file if options.verify_tls else False,
         )
 
-    def _authorities(self) -> str | None:
-        """The file of whom small calls and weights trust; None where no TLS is spoken.
+    def _authorities(self) -> str:
+        """The file of whom small calls and weights trust.
 
         Those that are given, else those of botocore's variables, else the system's; where it has none, botocore's own,
         as for the aws command.
         """
-        if (self._options.endpoint_url or "").startswith("http://"):
-            return None
         return (
             given_authorities(self._options, url=self._url)
             or self._session.get_config_variable("ca_bundle")
@@ -105,12 +103,10 @@ class S3Clients:
             or str(get_cert_path(True))
         )
 
-    def native_tls(self) -> TlsContext | None:
-        """The same TLS for the native transport; None where there is no OpenSSL: http:// works all the same."""
-        try:
-            return native_context(replace(self._options, ca_file=self._ca_file, ca_dir=None), url=self._url)
-        except NotSupportedError:
-            return None
+    def native_tls(self) -> TlsContext:
+        """The same TLS for the native transport. Raises NotSupportedError where there is no OpenSSL."""
+        ca_file = (self._ca_file or self._authorities()) if self._options.verify_tls else None
+        return native_context(replace(self._options, ca_file=ca_file, ca_dir=None), url=self._url)
 
 
 class _PlainFiles(JSONFileLoader):  # type: ignore[misc]  # botocore has no types
