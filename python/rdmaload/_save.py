@@ -69,7 +69,7 @@ _THREADS_PER_CONNECTION = 2
 _RESTARTS = 3
 _JOINS = 10  # the same for joining, which costs a few round trips only
 
-_PATHS = {"redis": "resp-tcp", "valkey": "resp-tcp", "memory": "memory", "file": "file-buffered"}
+_PATHS = {"redis": "resp-tcp", "valkey": "resp-tcp", "memory": "memory"}
 _PATHS |= {"rediss": "resp-tls", "valkeys": "resp-tls", "redis+unix": "resp-unix", "valkey+unix": "resp-unix"}
 
 
@@ -187,7 +187,7 @@ def save(
             if layout == "rdmaload":  # else they were counted by value
                 stats.bytes = model.bytes
                 stats.files = len(model.files)
-            stats.path = path
+            stats.path = connector.write_path or path
             stats.stages = watch.stages
             stats.retries = connector.retries
             stats.seconds = time.perf_counter() - started

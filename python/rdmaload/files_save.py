@@ -22,8 +22,8 @@ __all__ = ["existing_files", "is_ours_to_remove", "refuse_existing", "save_files
 
 _log = logging.getLogger("rdmaload")
 
-# Large enough that a write's cost is the copy, small enough to be nothing beside a model.
-_CHUNKS_PER_BLOCK = 4
+# Large enough that a write's cost is the copy, small enough to be nothing beside a model; disks want multiples of 4096.
+_BLOCK_BYTES = 4 << 20
 
 
 def save_files(
@@ -53,7 +53,7 @@ def save_files(
     existing = existing_files(connector)
     if not overwrite:
         refuse_existing(connector, existing, paths, rank)
-    writer = _Writer(connector, model.chunk_bytes or DEFAULT_CHUNK_BYTES, tick)
+    writer = _Writer(connector, _block_bytes(model.chunk_bytes or DEFAULT_CHUNK_BYTES), tick)
     files = [source for source in model.files if not (rank and source.header is None and source.path in existing)]
     for phase in range(3):
         writer.write([source for source in files if save_phase(source) == phase], threads)
@@ -89,6 +89,12 @@ def save_phase(source: Source) -> int:
     return 2 if source.path == "config.json" or source.path.endswith(WEIGHT_INDEX_SUFFIX) else 1
 
 
+def _block_bytes(chunk_bytes: int) -> int:
+    """Whole chunks of the source, so that each is read once, unless a disk could not take such blocks."""
+    whole = max(1, _BLOCK_BYTES // chunk_bytes) * chunk_bytes
+    return whole if whole % 4096 == 0 or whole > _BLOCK_BYTES else _BLOCK_BYTES
+
+
 def _is_weight(path: str) -> bool:
     """What a reader of the directory would take for part of the model's weights."""
     return "/" not in path and path.endswith((".safetensors", WEIGHT_INDEX_SUFFIX))
@@ -107,9 +113,9 @@ def is_ours_to_remove(path: str, rank: int | None, world_size: int) -> bool:
 class _Writer:
     """Writes lists of files with threads that each own one block of memory."""
 
-    def __init__(self, connector: FileConnector, chunk_bytes: int, tick: Callable[[int, int], None]) -> None:
+    def __init__(self, connector: FileConnector, block_bytes: int, tick: Callable[[int, int], None]) -> None:
         self._connector = connector
-        self._block_bytes = _CHUNKS_PER_BLOCK * chunk_bytes
+        self._block_bytes = block_bytes
         self._tick = tick
         self._lock = threading.Lock()
         self._bytes_done = 0  # Guarded by _lock, as is the next.

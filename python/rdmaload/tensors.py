@@ -108,7 +108,8 @@ def collector_paused() -> Iterator[None]:
     """Python's cyclic collector off, where it was on, while many tensors are made.
 
     Every 700 new objects set it off, and now and then it walks everything that the process keeps: 0.1 s and more once
-    torch is imported, longer than reading a third of a GB. What it would have found waits for the next time.
+    torch is imported, longer than reading a third of a GB. What it would have found waits for the next time. Of threads
+    that overlap the first to end turns it on for all, and also where the application turned it off meanwhile.
     """
     if not gc.isenabled():
         yield

@@ -17,6 +17,7 @@ import torch
 import rdmaload
 from rdmaload import _core
 from rdmaload.connectors.local import LocalConnector
+from rdmaload.connectors.memory import forget_store
 from rdmaload.errors import (
     AuthenticationError,
     FormatError,
@@ -270,3 +271,49 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch:
     with LocalConnector(parse_url(tmp_path)) as connector, refused:
         connector.write("f", 5 * MIB, blocks_of(bytes(5 * MIB), MIB, shift=0))
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("chunk_bytes", "file_io", "path"),
+    [
+        (1044480, "auto", "file-buffered+file-direct"),  # the end of the file, and small files
+        (500_001, "direct", "file-buffered+file-direct"),
+        (8192, "direct", "file-buffered+file-direct"),
+        (1044480, "buffered", "file-buffered"),
+    ],
+)
+def test_a_save_says_how_it_wrote_and_writes_whole_blocks(
+    tmp_path: Path,
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    chunk_bytes: int,
+    file_io: str,
+    path: str,
+) -> None:
+    state = {"large": torch.arange(5 * MIB, dtype=torch.int32)}
+    stored = f"memory://{model}/m"
+    rdmaload.save(state, stored, chunk_bytes=chunk_bytes)
+    written = os.write
+    direct: list[int] = []
+
+    def note(descriptor: int, data: memoryview) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            direct.append(len(data))
+        return written(descriptor, data)
+
+    monkeypatch.setattr("rdmaload.connectors.output_file.os.write", note)
+    stats = rdmaload.save(stored, tmp_path, file_io=file_io)
+    assert (stats.path, caplog.messages) == (path, [])
+    assert len(direct) in ((0,) if file_io == "buffered" else (5, 6))  # 20 MiB and a header, in blocks of about 4 MiB
+    assert torch.equal(rdmaload.load(tmp_path)["large"], state["large"])
+    forget_store(model)
+
+
+def test_odd_blocks_end_direct_writes_with_a_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content = random.Random(2).randbytes(5 * MIB)
+    with LocalConnector(parse_url(tmp_path), Options(file_io="direct")) as connector:
+        connector.write("f", len(content), blocks_of(content, 1_000_001, shift=0))
+        assert connector.write_path == "file-buffered+file-direct"
+    assert (tmp_path / "f").read_bytes() == content
+    assert "no multiples of 4096" in caplog.text

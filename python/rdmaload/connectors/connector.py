@@ -57,6 +57,9 @@ class Connector(ABC):  # noqa: B024  (its two subclasses have the abstract metho
     fallback_reason: str = ""
     """Why weights come by a slower way than they could; empty where they do not."""
 
+    write_path: str = ""
+    """Which way what was written took, as `SaveStats.path` has it; empty where the connector does not say."""
+
     def __init__(self, url: Url, options: Options | None = None) -> None:
         self.location = url
         # Again where the caller did it already: a password in the url must not be lost.

@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import stat
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -51,6 +52,13 @@ class LocalConnector(FileConnector):
             raise UrlError(f"{self.url} names a host; a local directory has none", url=self.url)
         # Absolute from the start: the working directory may change while the connector lives.
         self.root = Path(url.path).absolute()
+        self._lock = threading.Lock()
+        self._ways: set[str] = set()  # Guarded by _lock. Of all that was written.
+
+    @property
+    def write_path(self) -> str:  # type: ignore[override]
+        with self._lock:
+            return "+".join(sorted(self._ways)) or "file-buffered"
 
     def native_transport(self) -> object | None:
         self._check_open()
@@ -142,6 +150,8 @@ class LocalConnector(FileConnector):
                     raise ValueError(f"{path}: {output.written} bytes were given for a file of {size}")
                 output.sync()
             os.replace(temporary, target)
+            with self._lock:
+                self._ways |= output.ways
             if output.refusal and self.options.file_io == "direct":
                 _log.warning("%s: %s was written through the page cache: %s", self.url, path, output.refusal)
         except RdmaloadError:

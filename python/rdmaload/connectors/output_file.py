@@ -24,11 +24,14 @@ _SMALLEST_DIRECT_BYTES = 4 << 20  # as for reading: below it there is nothing to
 class OutputFile:
     """The file `path`, which must not be there, open for `size` bytes; `file_io` as in the options.
 
-    `refusal` says why a file that should be written past the page cache is not.
+    `ways` are those it was written in so far, "file-buffered" and "file-direct"; `refusal` says why a file that should
+    be written past the page cache is not.
     """
 
     def __init__(self, path: Path, size: int, file_io: Literal["auto", "buffered", "direct"]) -> None:
+        self.size = size
         self.written = 0
+        self.ways: set[str] = set()
         self.refusal = ""
         self._direct = False
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -47,7 +50,9 @@ class OutputFile:
         """All of `block`; raises OSError."""
         while block:
             part = block[: len(block) - len(block) % _BLOCK_BYTES] if self._direct else block
-            if not part:
+            if not part:  # the end of the file, or of an odd block
+                if self.written + len(block) < self.size:
+                    self.refusal = f"blocks are no multiples of {_BLOCK_BYTES} bytes"
                 self._set_direct(False)
                 continue
             try:
@@ -58,6 +63,7 @@ class OutputFile:
                 self.refusal = "the disk does not take these bytes from where they are in memory"
                 self._set_direct(False)
                 continue
+            self.ways.add("file-direct" if self._direct else "file-buffered")
             self.written += count
             block = block[count:]
 
