@@ -11,6 +11,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rdmaload import connectors as connectors
+    from rdmaload import errors as errors
+    from rdmaload import metrics as metrics
     from rdmaload._prune import models, prune, remove
     from rdmaload._save import save
     from rdmaload.connectors import (
@@ -77,6 +80,8 @@ _MODULE_OF = {
     "save": "rdmaload._save",
 }
 
+_SUBMODULES = ("connectors", "errors", "metrics")  # that users name without an import of their own
+
 __all__ = [
     "AlreadyExistsError",
     "AuthenticationError",
@@ -117,6 +122,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"rdmaload.{name}")
     module = _MODULE_OF.get(name)
     if module is None:
         raise AttributeError(f"module 'rdmaload' has no attribute {name!r}")
@@ -127,4 +134,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__, *_SUBMODULES})

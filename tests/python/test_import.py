@@ -96,6 +96,19 @@ print("fine")
         rdmaload.lode  # noqa: B018
 
 
+@pytest.mark.parametrize("use", ["metrics.exposition()", "errors.RdmaloadError", "connectors.Connector"])
+def test_submodules_that_users_name_are_there_without_an_import_of_their_own(use: str) -> None:
+    name = use.partition(".")[0]
+    assert name in dir(rdmaload)
+    code = f"""
+import sys, rdmaload
+assert "rdmaload.metrics" not in sys.modules
+rdmaload.{use}
+assert rdmaload.{name} is sys.modules["rdmaload.{name}"]
+"""
+    assert json.loads(python(f"{code}\n{LOADED}")) == []
+
+
 @pytest.mark.parametrize("name", ["save", "prune", "load", "open", "models", "remove", "Model"])
 def test_a_function_is_no_module_however_it_was_reached(name: str) -> None:
     # A submodule of the same name, imported by anybody, must not take the function's place.
