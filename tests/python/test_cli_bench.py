@@ -316,6 +316,30 @@ def test_s3_clients_read_the_objects_of_the_same_files(
         assert found["runai"]["samples"] == 1
 
 
+@pytest.mark.parametrize("store", ["s3", "redis"])
+def test_a_chunk_size_is_advised_for_key_value_stores_alone(
+    store: str,
+    tiny_checkpoint: Checkpoint,
+    redis_url: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from rdmaload.cli import verdict
+
+    monkeypatch.setattr(verdict, "_ENOUGH_SAMPLE_BYTES", 1)
+    command = ["--bytes", "2MB", "--repeat", "1"]
+    if store == "redis":
+        rdmaload.save(tiny_checkpoint.directory, redis_url, chunk_bytes=8 << 20)
+        document = run_json(capsys, redis_url, *command)
+    else:
+        with moto_s3("bucket") as endpoint:
+            url = s3_url(endpoint, "bucket", "models/tiny", addressing_style="path")
+            rdmaload.save(tiny_checkpoint.directory, url)
+            document = run_json(capsys, url, *command)
+    assert document["verdict"]
+    assert any("chunk size" in advice for advice in document["advice"]) is (store == "redis")
+
+
 @pytest.mark.parametrize("name", ["boto3", "obstore", "runai"])
 @pytest.mark.parametrize("signed", ["by the url", "by the environment", "not"])
 def test_an_s3_client_asks_with_the_credentials_of_the_url(

@@ -125,7 +125,7 @@ class Bench:
                 round_trip=round_trip,
                 bytes_in_flight=connector.bytes_in_flight,
                 link=None if local or kind != "server" else _link_rate(self._location),
-                chunk_bytes=model.chunk_bytes,
+                chunk_bytes=model.chunk_bytes if is_store and kind == "server" else None,
                 to_device=measured.get("to the GPU"),
                 huge_pages=_selected(_THP),
                 congestion_control=_text(_CONGESTION),

@@ -19,7 +19,7 @@ _STEADY = 1.5  # times the slowest: beyond that the median is a matter of luck
 _SAME = 0.85  # of what it contains: the outer one is as good as the limit
 _GAIN = 1.1  # less than a tenth is not worth a setting, and within the noise
 _ENOUGH_SAMPLE_BYTES = 50e6  # below this, connecting and planning are what is timed
-_CHUNK_BYTES = (250_000, 2 << 20)  # between these a server is fast, by docs/performance.md
+_CHUNK_BYTES = (250_000, 2 << 20)  # between these a key-value store is fast, by docs/performance.md
 _ROUND_TRIPS_IN_FLIGHT = 2  # what is asked for while the last answer is on its way, and room for jitter
 
 
@@ -49,6 +49,7 @@ class Findings:
     link: float | None = None
     """Bytes per second of the network device towards the store; None when unknown or not in the way."""
     chunk_bytes: int | None = None
+    """Of the values in a key-value store; None where something else keeps the model."""
     to_device: Figure | None = None
     """From page-locked memory to the GPU that loads go to; None where they stay in host memory."""
     huge_pages: str = ""
@@ -159,7 +160,7 @@ def _advice(found: Findings, limit: Limit) -> Iterator[str]:
             f"most {_gb(found.bytes_in_flight / found.round_trip)} GB/s"
         )
     low, high = _CHUNK_BYTES
-    if found.kind == "server" and found.chunk_bytes is not None and not low <= found.chunk_bytes <= high:
+    if found.chunk_bytes is not None and not low <= found.chunk_bytes <= high:
         yield f"save the model again with the default chunk size: {size_text(found.chunk_bytes)} are slow to send"
     if found.stream is not None and found.congestion_control == "bbr":
         yield "let the store's machine use cubic or reno: bbr paces what stays on one machine"
