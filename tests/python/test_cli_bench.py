@@ -114,6 +114,31 @@ def test_what_a_load_outran_is_not_its_limit() -> None:
     assert "as fast as that alone (2.7)" in judged(fresh=figure(2.7))[1]
 
 
+def test_a_stage_that_a_load_outran_is_still_its_limit_where_all_others_are_further_away() -> None:
+    # As measured with --repeat 1 --connections 1 on two CPUs: fresh memory came slower than in the load.
+    once: dict[str, Any] = {"fresh": figure(0.5), "load": figure(0.78), "store": {1: figure(4.1)}, "configured": 1}
+    limit, text, advice = judged(**once, cpus=2)
+    assert limit == "memory"
+    assert text == (
+        "finding and clearing fresh memory is the likeliest limit, but the figures are unsteady: a load ran at 0.8 "
+        "GB/s, and that alone at 0.5"
+    )
+    assert "raise --repeat: a load does not run faster" in advice
+    assert "CPUs" not in advice
+    limit, text, _ = judged(**once | {"fresh": figure(0.1)})  # further from it than the store is
+    assert (limit, "the one nearest above that alone at 4.1" in text) == ("cpu", True)
+    everything = {"load": figure(9.0), "checksum": None}
+    limit, text, advice = judged(**everything)
+    assert (limit, "unsteady" in text, "raise --repeat" in advice) == ("memory", False, True)
+    limit, text, _ = judged(**everything | {"load": figure(12.0)})
+    assert (limit, "the figures are unsteady" in text) == ("memory", True)
+
+
+def test_one_round_says_so() -> None:
+    assert "measured once" in judged()[2]
+    assert "--repeat" not in judged(load=figure(2.7, 2.8, 2.9))[2]
+
+
 def test_advice_is_for_what_is_in_the_way() -> None:
     assert "cubic" not in judged(congestion_control="bbr", stream=None)[2]
     assert "chunk size" not in judged(kind="files", chunk_bytes=None)[2]

@@ -77,13 +77,18 @@ def judge(found: Findings) -> Verdict:
     if limit == "cpu":
         text = (
             f"{subject} share {found.cpus} CPUs, and none of them alone is the limit: a load ran at {_gb(load)} GB/s, "
-            f"the slowest of them alone at {_gb(rate)}"
+            f"the one nearest above that alone at {_gb(rate)}"
+        )
+    elif load > _OUTRAN * rate:
+        text = (
+            f"{subject} is the likeliest limit, but the figures are unsteady: a load ran at {_gb(load)} GB/s, and that "
+            f"alone at {_gb(rate)}"
         )
     elif load > rate:
         text = f"{subject} is the limit: a load ran at {_gb(load)} GB/s, as fast as that alone ({_gb(rate)})"
     else:
         text = f"{subject} is the limit: a load ran at {_gb(load)} of {_gb(rate)} GB/s"
-    return Verdict(limit, text, tuple(_advice(found, limit)))
+    return Verdict(limit, text, tuple(_advice(found, limit, rate)))
 
 
 def _gb(rate: float) -> str:
@@ -114,12 +119,22 @@ def _limit(found: Findings) -> tuple[Limit, str, float]:
         workers = max(1, min(found.configured, found.cpus))
         rates.append(("checksum", "the checksum", found.checksum.median * workers))
     # What a load outran is not its limit: it was slower only while it was measured.
-    possible = [entry for entry in rates if entry[2] * _OUTRAN >= found.load.median]
-    limit, subject, rate = min(possible, key=lambda entry: entry[2]) if possible else max(rates, key=lambda e: e[2])
-    if found.load.median < _REACHES * rate:
-        stages = "receiving, fresh memory and checksums" if found.checksum is not None else "reading and fresh memory"
-        return "cpu", stages, rate
-    return limit, subject, rate
+    load = found.load.median
+    possible = [entry for entry in rates if entry[2] * _OUTRAN >= load]
+    outrun = max((entry for entry in rates if entry not in possible), key=lambda entry: entry[2], default=None)
+    nearest = min(possible, key=lambda entry: entry[2], default=None)
+    if nearest is not None and load >= _REACHES * nearest[2]:
+        return nearest
+    # Unless nothing else is as near to the load: then it is still the likeliest one.
+    if outrun is not None and (nearest is None or load / outrun[2] < nearest[2] / load):
+        return outrun
+    assert nearest is not None
+    stages = [
+        "reading" if found.checksum is None else "receiving",
+        "fresh memory" if found.to_device is None else "copies to the GPU",
+        *([] if found.checksum is None else ["checksums"]),
+    ]
+    return "cpu", f"{', '.join(stages[:-1])} and {stages[-1]}", nearest[2]
 
 
 def _store_side(found: Findings, store: float) -> tuple[Limit, str]:
@@ -136,13 +151,17 @@ def _store_side(found: Findings, store: float) -> tuple[Limit, str]:
     return "store", "the store" if _scales(found) or len(found.store) == 1 else "the store's single thread"
 
 
-def _advice(found: Findings, limit: Limit) -> Iterator[str]:
+def _advice(found: Findings, limit: Limit, rate: float) -> Iterator[str]:
     loads = found.load.samples
     if max(loads) > _STEADY * min(loads):
         yield (
             f"loads ran at {_gb(min(loads))} to {_gb(max(loads))} GB/s: raise --repeat, or wait until the machine (or "
             "the host of this virtual one) does nothing else"
         )
+    elif limit != "cpu" and found.load.median > _OUTRAN * rate:
+        yield "raise --repeat: a load does not run faster than its slowest stage, so one of them was disturbed"
+    elif len(loads) == 1:
+        yield "raise --repeat: measured once, nothing says how steady these figures are"
     best = _best(found)
     now, then = found.store[found.configured], found.store[best]
     # Its worst must beat the best of what is set now, or it may be chance.
