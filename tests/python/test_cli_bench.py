@@ -438,6 +438,9 @@ def test_the_way_to_a_gpu_is_the_limit_when_it_is() -> None:
         (["--device", "nonsense"], 1, "no device that torch knows"),
         (["--against", "safetensors,nope"], 2, "there is no loader 'nope'"),
         (["--plot", "bench.gif"], 2, "ends in .png, .svg, .html"),
+        (["--plot", "/none/bench.html"], 2, "no directory '/none'"),
+        (["--json", "/none/bench.json"], 2, "no directory '/none'"),
+        (["--json=/"], 2, "is a directory"),
     ],
 )
 def test_what_bench_refuses(
@@ -449,7 +452,33 @@ def test_what_bench_refuses(
         arguments = ["--device", "cuda:99"]
         words = "device='cuda:99'"
     assert main(["bench", str(tiny_checkpoint.directory), *SMALL, *arguments]) == code
-    assert words in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert words in err
+    assert out == ""
+
+
+@pytest.mark.parametrize("command", ["bench", "load"])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_picture_that_cannot_be_written_costs_no_result(
+    command: str,
+    as_json: bool,
+    tiny_checkpoint: Checkpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "full.html").symlink_to("/dev/full")
+    picture = str(tmp_path / "full.html")
+    directory = str(tiny_checkpoint.directory)
+    work = ["bench", directory, *SMALL, "--plot"] if command == "bench" else ["load", directory, "--timeline"]
+    assert main([*work, picture, *(["--json"] if as_json else [])]) == 1
+    out, err = capsys.readouterr()
+    assert "No space left on device" in err
+    assert err.count("\n") == 1
+    if as_json:
+        assert json.loads(out)["url"].endswith(tiny_checkpoint.directory.name)
+    else:
+        assert "GB/s" in out
+        assert "loaded" in out or "fresh memory" in out
 
 
 @pytest.mark.parametrize("suffix", [".html", ".svg", ".png"])

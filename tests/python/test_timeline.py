@@ -199,4 +199,9 @@ def test_the_command_line_writes_one(
     assert f"timeline   {target}" in shown
     assert "receiving" in shown
     assert data_of(target.read_text())["lane"] == "reader"
-    assert main(["load", str(checkpoint.directory), "--timeline", str(tmp_path / "t.gif")]) == 2
+    capsys.readouterr()
+    for wrong in ("t.gif", "none/t.html"):
+        assert main(["load", str(checkpoint.directory), "--timeline", str(tmp_path / wrong)]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""  # refused before the work
+        assert wrong in err

@@ -9,16 +9,19 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import importlib.util
 import inspect
+import os
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from rdmaload.cli.exits import MEANINGS, UsageError
-from rdmaload.errors import UrlError
+from rdmaload.errors import NotSupportedError, UrlError
 from rdmaload.options import Options, parse_size, takes_none
 from rdmaload.urls import SECRET_TEXT, is_secret_option, parse_url, redact
 
@@ -33,6 +36,7 @@ __all__ = [
     "option_names",
     "options_manual",
     "options_of",
+    "picture_file",
     "redact_arguments",
     "seconds",
     "size",
@@ -183,7 +187,31 @@ def with_json_joined(arguments: Sequence[str]) -> list[str]:
 
 
 def _json_target(text: str) -> bool | str:
-    return True if text == "-" else text
+    return True if text == "-" else _output_file(text)
+
+
+def picture_file(*suffixes: str) -> Callable[[str], str]:
+    """The type of arguments that name a picture to write: what is known before the work is refused before it."""
+
+    def checked(text: str) -> str:
+        if not text.lower().endswith(suffixes):
+            raise argparse.ArgumentTypeError(f"{text!r} is no file that ends in {', '.join(suffixes)}")
+        if text.lower().endswith(".png") and importlib.util.find_spec("matplotlib") is None:
+            raise NotSupportedError(f"{text}: pictures as .png need matplotlib: pip install matplotlib")
+        return _output_file(text)
+
+    return checked
+
+
+def _output_file(text: str) -> str:
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a directory; name a file in it")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: there is no directory {str(path.parent)!r}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: no permission")
+    return text
 
 
 def add_verbosity(parser: argparse.ArgumentParser, *, default: object = False) -> None:

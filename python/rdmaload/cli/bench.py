@@ -6,9 +6,8 @@ import argparse
 import re
 from dataclasses import replace
 
-from rdmaload.cli.arguments import Commands, add_command, add_url, options_of, size, whole_number
-from rdmaload.cli.exits import UsageError
-from rdmaload.cli.output import columns, count_text, size_text, write_result
+from rdmaload.cli.arguments import Commands, add_command, add_url, options_of, picture_file, size, whole_number
+from rdmaload.cli.output import columns, count_text, size_text, write_picture, write_result
 from rdmaload.cli.plot import PLOT_SUFFIXES, Section, draw
 from rdmaload.cli.progress import progress_bar
 
@@ -78,6 +77,7 @@ def register(commands: Commands) -> None:
     )
     bench.add_argument(
         "--plot",
+        type=picture_file(*PLOT_SUFFIXES),
         metavar="FILE",
         help="draw the rates: .html or .svg (one file that needs nothing), or .png (needs matplotlib)",
     )
@@ -115,8 +115,6 @@ def _bench(args: argparse.Namespace) -> int:
     from rdmaload.cli.verdict import judge
     from rdmaload.urls import parse_url
 
-    if args.plot is not None and not args.plot.lower().endswith(PLOT_SUFFIXES):
-        raise UsageError(f"--plot takes a file that ends in {', '.join(PLOT_SUFFIXES)}")
     import_torch()
     with progress_bar(args, "bench") as progress:
         bench = Bench(
@@ -181,8 +179,10 @@ def _bench(args: argparse.Namespace) -> int:
         document["against"] = contest.to_json()
         sections.append(Section("Loaders, the same files in fresh processes", contest.figures))
     if args.plot is not None:
-        draw(args.plot, f"rdmaload bench {result.url}", [verdict.text, *verdict.advice], sections)
         lines.append(f"plot {args.plot}")
         document["plot"] = args.plot
     write_result(args.json, document, lines)
-    return 0
+    if args.plot is None:
+        return 0
+    title = f"rdmaload bench {result.url}"
+    return write_picture(lambda: draw(args.plot, title, [verdict.text, *verdict.advice], sections))

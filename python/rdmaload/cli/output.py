@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
+
+from rdmaload.cli.exits import describe, exit_code
+from rdmaload.errors import RdmaloadError
 
 __all__ = [
     "amount_text",
@@ -21,6 +24,7 @@ __all__ = [
     "write_error",
     "write_json",
     "write_lines",
+    "write_picture",
     "write_result",
 ]
 
@@ -107,6 +111,16 @@ def write_result(as_json: bool | str, document: Mapping[str, object], lines: Ite
     write_lines(lines)
     if as_json:
         Path(as_json).write_text(_json_text(document), encoding="ascii")
+
+
+def write_picture(draw: Callable[[], None]) -> int:
+    """Draw what is printed already, and say whether that failed; the exit code of the command."""
+    try:
+        draw()
+    except (OSError, RdmaloadError) as err:  # shown here: on stdout the one document is complete
+        write_error(f"{describe(err)}: the picture is not complete, the results above are")
+        return exit_code(err)
+    return 0
 
 
 def write_error(message: str) -> None:

@@ -13,11 +13,12 @@ from rdmaload.cli.arguments import (
     add_patterns,
     add_url,
     options_of,
+    picture_file,
     size,
     whole_number,
 )
 from rdmaload.cli.exits import UsageError
-from rdmaload.cli.output import amount_text, count_text, size_text, write_result
+from rdmaload.cli.output import amount_text, count_text, size_text, write_picture, write_result
 from rdmaload.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ def _register_load(commands: Commands) -> None:
     )
     load.add_argument(
         "--timeline",
+        type=picture_file(".html", ".png", ".json"),
         metavar="FILE",
         help="draw what each connection did when: .html (one file), .png (needs matplotlib) or .json",
     )
@@ -181,8 +183,6 @@ def _load(args: argparse.Namespace) -> int:
     import_torch()
     stats = LoadStats()
     compared: int | None = None
-    if args.timeline is not None and not args.timeline.lower().endswith((".html", ".png", ".json")):
-        raise UsageError("--timeline takes a file that ends in .html, .png or .json")
     with rdmaload.open(args.url, **options_of(args)) as model:  # type: ignore[arg-type]
         timeline = None if args.timeline is None else model.record()
         with progress_bar(args, "load") as progress:
@@ -210,14 +210,13 @@ def _load(args: argparse.Namespace) -> int:
     lines = [f"loaded {count_text(len(tensors), 'tensor')} from {shown}", *_stats_lines(stats)]
     document: dict[str, object] = {"url": shown, "tensors": len(tensors), **stats.to_json()}
     if timeline is not None:
-        timeline.write(args.timeline)
         lines += [f"  timeline   {args.timeline}", *(f"    {line}" for line in timeline.summary())]
         document["timeline"] = {"file": args.timeline, "summary": timeline.summary()}
     if compared is not None:
         lines.append(f"  compared   {size_text(compared)}: equal to the files in {args.against}")
         document["compared_bytes"] = compared
     write_result(args.json, document, lines)
-    return 0
+    return 0 if timeline is None else write_picture(lambda: timeline.write(args.timeline))
 
 
 def import_torch() -> None:
