@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
+import os
 import re
+import struct
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -571,6 +576,28 @@ def test_a_bar_on_a_terminal_shows_bytes_rate_and_time_left(
         assert f"{arguments[0]}: 100%" in shown
         assert "MB" in shown
         assert "B/s, 0:00 left" in shown
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 0), (0, 100), (1, 100), (24, 0), (24, 100)])
+def test_a_bar_fits_a_real_terminal_of_any_size(
+    rows: int, columns: int, saved: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rdmaload.cli.progress._DELAY_SECONDS", 0)
+    master, slave = os.openpty()  # without a size, as `script` makes one where there is no terminal
+    with open(master, "rb", buffering=0) as reader:
+        with open(slave, "w") as terminal:
+            if (rows, columns) != (0, 0):
+                fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+            monkeypatch.setattr("sys.stderr", terminal)
+            assert main(["verify", saved]) == 0
+            monkeypatch.undo()
+        shown = b""
+        with contextlib.suppress(OSError):  # EIO: all of what was written has been read
+            while more := reader.read(1 << 16):
+                shown += more
+    drawn = [line for line in shown.decode().split("\r") if "verify:" in line]
+    assert "verify: 100%" in drawn[-1]
+    assert {len(line) for line in drawn} == {(columns or 80) - 1}  # the last column stays free
 
 
 def test_a_log_gets_a_line_now_and_then(

@@ -23,7 +23,8 @@ __all__ = ["logging_to_stderr", "progress_bar"]
 _DELAY_SECONDS = 0.3  # what is done sooner needs no bar
 _INTERVAL_SECONDS = 0.1  # between drawings
 _LINE_SECONDS = 10.0  # between lines where there is no terminal, such as the log of a container
-_COLUMNS = 79  # of a terminal that does not say
+_COLUMNS = 80  # of a terminal that does not say
+_ROWS = 24  # whatever the terminal says: tqdm draws nothing where it says 0 or 1
 _ORDINARY = ("read", "send", "checksum", "")  # stages that the name of the operation says already
 
 
@@ -79,16 +80,16 @@ class _Bar:
             if self._bar is None:
                 from tqdm import tqdm
 
-                sized = _has_size(sys.stderr)
                 self._bar = tqdm(
                     total=1,
                     delay=_FAR,  # it is drawn from here alone
                     leave=False,
-                    dynamic_ncols=sized,
-                    ncols=None if sized else _COLUMNS,
+                    ncols=_COLUMNS,
+                    nrows=_ROWS,
                     file=sys.stderr,
                 )
             bar = self._bar
+            bar.ncols = _columns(sys.stderr)
             bar.bar_format = f"{_head(self._text, progress)}% {{bar}} {_tail(progress)}"
             bar.total, bar.n = max(1, progress.bytes_total), progress.bytes_done
             bar.refresh()
@@ -129,12 +130,13 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
-def _has_size(stream: TextIO) -> bool:
-    """Whether the terminal says how wide it is; those of containers and scripts may say 0."""
+def _columns(stream: TextIO) -> int:
+    """How wide the terminal is now; those of containers and scripts may say 0. The last column is left: some wrap."""
     try:
-        return os.get_terminal_size(stream.fileno()).columns > 0
+        columns = os.get_terminal_size(stream.fileno()).columns
     except OSError:
-        return False
+        columns = 0
+    return (columns or _COLUMNS) - 1
 
 
 @contextmanager
