@@ -48,6 +48,7 @@ PYTHON_ORDER = [
         "node_share",
         "pull",
         "timeline",
+        "timeline_still",
     }
     | {"sources", "state_dict", "journal", "upload", "publish", "files_save", "object_save", "file_manifest"}
     | {"object_removal"}

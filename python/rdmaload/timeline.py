@@ -57,13 +57,29 @@ class Lane:
     reads: int
     bytes: int
     receiving: float
-    """Bytes were arriving and being checksummed."""
+    """Between the first byte and the last of a read: bytes were arriving and being checksummed, or awaited. Of a reader
+    the whole of a read, the disk's or store's time included."""
     checksum: float
     """The part of `receiving` that was spent on checksums."""
     waiting: float
-    """It had asked for something and nothing came: for the store."""
+    """It had asked for something of which there was no byte yet: for the store, or while it was busy with other
+    replies. Of a reader nothing: it does not know when the first byte came."""
     idle: float
     """It had nothing to do: for the loader, for room in flight, or for a GPU's buffers."""
+
+
+class Words(NamedTuple):
+    """What the parts of a lane are called, by what is known of them: no more is claimed than was measured."""
+
+    receiving: str
+    waiting: str
+
+
+_CONNECTION = Words(
+    "receiving, or waiting for more of a reply", "waiting for a first byte (the store, or this thread's other replies)"
+)
+_FILES = Words("reading, the disk's time included", "")
+_PYTHON = Words("reading, the store's time included", "")
 
 
 class Timeline:
@@ -114,8 +130,8 @@ class Timeline:
                 by_thread.setdefault(event.thread, []).append(event)
         lanes = []
         for thread, events in sorted(by_thread.items()):
-            arriving = _merged((_arrival(event), _last_byte(event)) for event in events)
-            busy = _merged((_taken(event), _last_byte(event)) for event in events)
+            arriving = merged((arrival(event), last_byte(event)) for event in events)
+            busy = merged((taken(event), last_byte(event)) for event in events)
             receiving, asked = _length(arriving), _length(busy)
             lanes.append(
                 Lane(
@@ -144,27 +160,38 @@ class Timeline:
         def share(name: str) -> str:
             return f"{100 * sum(getattr(lane, name) for lane in lanes) / whole:.0f} %"
 
+        words = self.words
+        parts = [f"{share('receiving')} {words.receiving} ({share('checksum')} on checksums)"]
+        if words.waiting:
+            parts.append(f"{share('waiting')} {words.waiting}")
+        parts.append(f"{share('idle')} with nothing to do")
         lines = [
             f"{len(self.events)} reads, {done / 1e9:.3f} GB in {seconds:.3f} s, {done / seconds / 1e9:.2f} GB/s, "
             f"{len(lanes)} {self.lane_name}{'s' if len(lanes) > 1 else ''}",
-            f"of their time: {share('receiving')} receiving ({share('checksum')} on checksums meanwhile), "
-            f"{share('waiting')} waiting for the store, {share('idle')} with nothing to do",
+            f"of their time: {', '.join(parts)}",
         ]
-        copies = self._copies()
+        copies = self.copies()
         if copies:
             lines.append(f"copies to the GPU were under way for {100 * _length(copies) / seconds:.0f} % of the time")
         if failed:
             lines.append(f"{failed} attempt{'s' if failed > 1 else ''} failed")
         return lines
 
-    def _copies(self) -> list[tuple[float, float]]:
+    def copies(self) -> list[tuple[float, float]]:
         """When copies to a GPU were under way."""
-        return _merged((event.received, event.done) for event in self.events if event.received is not None)
+        return merged((event.received, event.done) for event in self.events if event.received is not None)
 
     @property
     def lane_name(self) -> str:
         """What the threads are: "connection" or "reader"."""
         return "connection" if self.path.startswith(("resp", "http")) else "reader"
+
+    @property
+    def words(self) -> Words:
+        """What the parts of a lane are called."""
+        if self.lane_name == "connection":
+            return _CONNECTION
+        return _PYTHON if self.path.startswith("python") else _FILES
 
     def to_json(self) -> dict[str, object]:
         """Everything, ready for `json.dumps`: times in seconds, the fields of `ReadEvent` in their order."""
@@ -188,7 +215,9 @@ class Timeline:
         elif kind == ".json":
             path.write_text(json.dumps(self.to_json()), encoding="utf-8")
         elif kind == ".png":
-            self._draw(path)
+            from rdmaload.timeline_still import draw
+
+            draw(self, path)
         else:
             raise NotSupportedError(f"{path}: a timeline is written as .html, .png or .json")
 
@@ -206,8 +235,8 @@ class Timeline:
                 threads[event.thread],
                 micro(event.submitted),
                 micro(event.taken),
-                micro(_arrival(event)),
-                micro(_last_byte(event)),
+                micro(arrival(event)),
+                micro(last_byte(event)),
                 micro(event.done) if event.received is not None else -1,
                 round(event.checksum_seconds * _MICROSECONDS),
                 file_number[event.file],
@@ -216,13 +245,14 @@ class Timeline:
                 event.attempt,
                 int(event.ok),
             ]
-            for event in sorted(self.events, key=_arrival)
+            for event in sorted(self.events, key=arrival)
             if event.thread in threads
         ]
         data = {
             "title": f"{self.url}",
             "summary": self.summary(),
             "lane": self.lane_name,
+            "words": self.words._asdict(),
             "lanes": len(threads),
             "end": round((end - begin) * _MICROSECONDS),
             "files": files,
@@ -233,69 +263,21 @@ class Timeline:
         text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
         return page.replace("{{TITLE}}", html.escape(self.url)).replace("{{DATA}}", text)
 
-    def _draw(self, path: Path) -> None:
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as err:
-            raise NotSupportedError(f"{path}: pictures as .png need matplotlib: pip install matplotlib") from err
-        begin, end = self.span
-        lanes = self.lanes()
-        has_copies = bool(self._copies())
-        figure = Figure(figsize=(14, 3 + 0.45 * (len(lanes) + has_copies)), layout="constrained")
-        FigureCanvasAgg(figure)
-        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, max(1, 0.45 * (len(lanes) + has_copies))])
-        total = 0
-        times, amounts = [0.0], [0.0]
-        for event in sorted(self.events, key=lambda event: event.done):
-            if event.ok:
-                total += event.bytes
-                times.append(event.done - begin)
-                amounts.append(total / 1e9)
-        above.plot(times, amounts, color="#3b6fb6")
-        above.set_ylabel("GB")
-        above.set_title("\n".join([self.url, *self.summary()]), loc="left", fontsize=9)
-        rows = {lane.thread: number for number, lane in enumerate(lanes)}
-        for thread, row in rows.items():
-            events = [event for event in self.events if event.thread == thread]
-            for color, bars_of, height in (
-                ("#c4c8cf", [(_taken(event), _last_byte(event)) for event in events], 0.2),
-                ("#3b6fb6", [(_arrival(event), _last_byte(event)) for event in events if event.ok], 0.7),
-                ("#e0a030", [(_last_byte(e) - e.checksum_seconds, _last_byte(e)) for e in events if e.ok], 0.35),
-                ("#c0392b", [(_taken(event), event.done) for event in events if not event.ok], 0.7),
-            ):
-                bars = [(first - begin, last - first) for first, last in bars_of]
-                below.broken_barh(bars, (row - height / 2, height), facecolors=color)
-        if has_copies:
-            below.broken_barh(
-                [(first - begin, last - first) for first, last in self._copies()],
-                (len(lanes) - 0.35, 0.7),
-                facecolors="#4b9b5f",
-            )
-        below.set_yticks(range(len(lanes) + has_copies))
-        below.set_yticklabels(
-            [f"{self.lane_name} {number + 1}" for number in range(len(lanes))] + ["to the GPU"] * has_copies
-        )
-        below.invert_yaxis()
-        below.set_xlabel("seconds")
-        below.set_xlim(0, max(end - begin, 1e-6))
-        figure.savefig(path, dpi=110)
 
-
-def _taken(event: ReadEvent) -> float:
+def taken(event: ReadEvent) -> float:
     return event.submitted if event.taken is None else event.taken
 
 
-def _arrival(event: ReadEvent) -> float:
+def arrival(event: ReadEvent) -> float:
     """When the first byte came; of a read of which none did, when it ended."""
-    return _last_byte(event) if event.first_byte is None else event.first_byte
+    return last_byte(event) if event.first_byte is None else event.first_byte
 
 
-def _last_byte(event: ReadEvent) -> float:
+def last_byte(event: ReadEvent) -> float:
     return event.done if event.received is None else event.received
 
 
-def _merged(spans: Iterable[tuple[float | None, float]]) -> list[tuple[float, float]]:
+def merged(spans: Iterable[tuple[float | None, float]]) -> list[tuple[float, float]]:
     """The union of intervals, as disjoint ones in order."""
     merged: list[tuple[float, float]] = []
     for first, last in sorted((first, last) for first, last in spans if first is not None):

@@ -17,6 +17,7 @@ from rdmaload.cli import main
 from rdmaload.errors import IntegrityError, NotSupportedError
 from rdmaload.stats import LoadStats
 from rdmaload.timeline import ReadEvent, Timeline
+from rdmaload.timeline_still import lane_layers, shares_of
 from tests.support.checkpoints import Checkpoint, make_checkpoint
 
 
@@ -108,11 +109,23 @@ def test_the_parts_of_a_lane() -> None:
     assert first.checksum == pytest.approx(0.003)
     assert (first.reads, first.bytes) == (3, 3000)
     assert (second.receiving, second.waiting, second.idle, second.bytes) == (0, 1.0, 0, 0)
+    timeline.path = "resp-tcp"
     assert timeline.summary()[1:] == [
-        "of their time: 20 % receiving (0 % on checksums meanwhile), 60 % waiting for the store, "
-        "20 % with nothing to do",
+        "of their time: 20 % receiving, or waiting for more of a reply (0 % on checksums), 60 % waiting for a first "
+        "byte (the store, or this thread's other replies), 20 % with nothing to do",
         "1 attempt failed",
     ]
+
+
+@pytest.mark.parametrize(("path", "said"), [("file-direct", "the disk's time"), ("python", "the store's time")])
+def test_a_reader_does_not_claim_to_know_what_it_waits_for(path: str, said: str, tmp_path: Path) -> None:
+    timeline = timeline_of(event(1, 0.0, 0.0, 0.4), event(1, 0.5, 0.5, 1.0))
+    timeline.path = path
+    shares = timeline.summary()[1]
+    assert f"90 % reading, {said} included (0 % on checksums)" in shares
+    assert "waiting" not in shares
+    timeline.write(tmp_path / "t.html")
+    assert data_of((tmp_path / "t.html").read_text())["words"] == timeline.words._asdict()
 
 
 _TIMES = st.tuples(st.integers(1, 3), st.lists(st.floats(0, 10), min_size=3, max_size=3).map(sorted))
@@ -168,17 +181,62 @@ def test_json_has_the_fields_in_their_order(tmp_path: Path) -> None:
     assert document["events"] == [list(timeline.events[0])]
 
 
-def test_a_png_is_drawn(tmp_path: Path) -> None:
+def test_a_png_has_the_lanes_and_the_legend_of_the_page(tmp_path: Path) -> None:
     # By itself: matplotlib keeps its fonts open for as long as the process lives.
     code = """
 import sys
+from matplotlib.figure import Figure
 from tests.python.test_timeline import event, timeline_of
+
+texts = []
+def note(figure, path, real=Figure.savefig, **options):
+    real(figure, path, **options)
+    texts.extend(label.get_text() for label in figure.axes[1].get_yticklabels())
+    texts.extend(label.get_text() for legend in figure.legends for label in legend.get_texts())
+Figure.savefig = note
 events = event(1, 0.1, 0.2, 0.3), event(2, 0.1, 0.2, 0.4, received=0.3), event(1, 0.3, None, 0.4, ok=False)
-timeline_of(*events).write(sys.argv[1])
+timeline = timeline_of(*events)
+timeline.path = "resp-tcp"
+timeline.write(sys.argv[1])
+print("\\n".join(texts))
 """
     root = Path(__file__).resolve().parents[2]
-    subprocess.run([sys.executable, "-c", code, tmp_path / "t.png"], check=True, cwd=root)
+    command = [sys.executable, "-c", code, tmp_path / "t.png"]
+    shown = subprocess.run(command, check=True, cwd=root, capture_output=True, text=True).stdout.splitlines()
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    assert shown[:4] == ["connection 1", "connection 2", "checksums", "to the GPU"]
+    words = (text.split(",")[0] for text in shown[4:])
+    assert [word.split(" (")[0] for word in words] == [
+        "receiving",
+        "checksum",
+        "waiting for a first byte",
+        "nothing asked for: waits for the loader",
+        "copy to the GPU",
+        "failed attempt",
+    ]
+
+
+_SPANS = st.tuples(st.floats(0, 10), st.floats(0, 10)).map(lambda span: (min(span), max(span)))
+
+
+@given(st.lists(_SPANS, max_size=20))
+def test_shares_of_pixels_are_what_the_spans_take_of_each(spans: list[tuple[float, float]]) -> None:
+    def taken_of(first: float, last: float) -> float:
+        return sum(max(0.0, min(last, b) - max(first, a)) for a, b in spans)
+
+    expected = [taken_of(2 + number, 3 + number) for number in range(5)]
+    assert list(shares_of(spans, 2.0, 5.0, 5)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_reads_that_share_a_pixel_have_its_shares() -> None:
+    # In each tenth of a second 0.03 waiting, 0.05 receiving (0.001 of it the checksum), 0.02 nothing.
+    events = [event(1, n / 10, n / 10 + 0.03, n / 10 + 0.08) for n in range(10)]
+    layers = lane_layers(events, lambda spans: shares_of(spans, 0.0, 1.0, 2))
+    assert [list(heights) for _, heights in layers] == [
+        pytest.approx([0.01, 0.01]),
+        pytest.approx([0.49, 0.49]),
+        pytest.approx([0.3, 0.3]),
+    ]
 
 
 def test_what_cannot_be_drawn_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +255,7 @@ def test_the_command_line_writes_one(
     assert main(["load", str(checkpoint.directory), "--timeline", str(target)]) == 0
     shown = capsys.readouterr().out
     assert f"timeline   {target}" in shown
-    assert "receiving" in shown
+    assert "the disk's time included" in shown
     assert data_of(target.read_text())["lane"] == "reader"
     capsys.readouterr()
     for wrong in ("t.gif", "none/t.html"):
