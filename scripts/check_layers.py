@@ -26,7 +26,7 @@ CPP_ONLY_IN = {
 # Python modules by layer, left to right; what is not listed is a plain value that everybody may use.
 PYTHON_ORDER = [
     {"_core"},
-    {"errors", "stats", "metrics", "meter"},
+    {"amounts", "errors", "stats", "metrics", "meter"},
     {"urls", "options", "weights", "manifest", "index"},
     {"connectors"},
     {

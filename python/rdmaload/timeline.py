@@ -19,6 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from rdmaload.amounts import amount_text, count_text
 from rdmaload.errors import NotSupportedError
 
 if TYPE_CHECKING:
@@ -166,15 +167,15 @@ class Timeline:
             parts.append(f"{share('waiting')} {words.waiting}")
         parts.append(f"{share('idle')} with nothing to do")
         lines = [
-            f"{len(self.events)} reads, {done / 1e9:.3f} GB in {seconds:.3f} s, {done / seconds / 1e9:.2f} GB/s, "
-            f"{len(lanes)} {self.lane_name}{'s' if len(lanes) > 1 else ''}",
+            f"{count_text(len(self.events), 'read')}, {amount_text(done, seconds)}, "
+            f"{count_text(len(lanes), self.lane_name)}",
             f"of their time: {', '.join(parts)}",
         ]
         copies = self.copies()
         if copies:
             lines.append(f"copies to the GPU were under way for {100 * _length(copies) / seconds:.0f} % of the time")
         if failed:
-            lines.append(f"{failed} attempt{'s' if failed > 1 else ''} failed")
+            lines.append(f"{count_text(failed, 'attempt')} failed")
         return lines
 
     def copies(self) -> list[tuple[float, float]]:

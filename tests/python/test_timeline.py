@@ -147,6 +147,11 @@ def test_copies_to_a_gpu_have_a_share() -> None:
     assert timeline.lanes()[0].receiving == pytest.approx(0.15 + 0.35)
 
 
+def test_amounts_have_the_units_of_every_other_output() -> None:
+    one = event(1, 0.0, 0.0001, 0.0005)._replace(bytes=350_000)
+    assert timeline_of(one).summary()[0] == "1 read, 350.0 kB in 0.5 ms (700.0 MB/s), 1 reader"
+
+
 def data_of(page: str) -> dict[str, object]:
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
     assert found is not None

@@ -6,8 +6,9 @@ import argparse
 import re
 from dataclasses import replace
 
+from rdmaload.amounts import count_text, size_text
 from rdmaload.cli.arguments import Commands, add_command, add_url, options_of, picture_file, size, whole_number
-from rdmaload.cli.output import columns, count_text, size_text, write_picture, write_result
+from rdmaload.cli.output import columns, write_picture, write_result
 from rdmaload.cli.plot import PLOT_SUFFIXES, Section, draw
 from rdmaload.cli.progress import progress_bar
 

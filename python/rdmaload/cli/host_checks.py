@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rdmaload import __version__
+from rdmaload.amounts import size_text
 from rdmaload.cli.checks import Check
-from rdmaload.cli.output import size_text
 from rdmaload.cli.system_checks import system_checks
 from rdmaload.errors import NotSupportedError
 

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from rdmaload.amounts import count_text, size_text
 from rdmaload.cli.arguments import Commands, add_command, add_url, options_of
-from rdmaload.cli.output import columns, count_text, printable, size_text, write_result
+from rdmaload.cli.output import columns, printable, write_result
 
 if TYPE_CHECKING:
     from rdmaload.index import IndexFile

@@ -1,4 +1,4 @@
-"""What commands print: numbers for people, lines, and JSON.
+"""What commands print: lines for people, and JSON.
 
 Names come from stores that others write to: control characters in them never reach a terminal.
 """
@@ -15,50 +15,14 @@ from rdmaload.cli.exits import describe, exit_code
 from rdmaload.errors import RdmaloadError
 
 __all__ = [
-    "amount_text",
     "columns",
-    "count_text",
     "printable",
-    "seconds_text",
-    "size_text",
     "write_error",
     "write_json",
     "write_lines",
     "write_picture",
     "write_result",
 ]
-
-_UNITS = ("kB", "MB", "GB", "TB", "PB")
-
-
-def size_text(nbytes: float) -> str:
-    """Bytes in decimal units, with one digit after the point.
-
-    >>> size_text(999), size_text(1234567890)
-    ('999 bytes', '1.2 GB')
-    """
-    if nbytes < 1000:
-        return count_text(int(nbytes), "byte")
-    power = 1
-    while nbytes / 1000**power >= 999.95 and power < len(_UNITS):  # would round to 1000.0
-        power += 1
-    return f"{nbytes / 1000**power:.1f} {_UNITS[power - 1]}"
-
-
-def count_text(count: int, noun: str) -> str:
-    """A count with its noun: "1 file", "20,000 tensors"."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
-def seconds_text(seconds: float) -> str:
-    """A duration with the unit that fits: "12.3 ms", "4.56 s"."""
-    return f"{seconds * 1000:.1f} ms" if seconds < 0.1 else f"{seconds:.2f} s"
-
-
-def amount_text(nbytes: int, seconds: float) -> str:
-    """What was moved and how fast: "1.2 GB in 0.60 s (2.0 GB/s)"."""
-    rate = f" ({size_text(nbytes / seconds)}/s)" if nbytes and seconds > 0 else ""
-    return f"{size_text(nbytes)} in {seconds_text(seconds)}{rate}"
 
 
 def printable(text: str) -> str:

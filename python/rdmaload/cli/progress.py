@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rdmaload.cli.output import count_text, printable, size_text, write_error
+from rdmaload.amounts import count_text, size_text
+from rdmaload.cli.output import printable, write_error
 
 if TYPE_CHECKING:
     from rdmaload.stats import Progress

@@ -6,9 +6,10 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from rdmaload.amounts import count_text, size_text
 from rdmaload.cli.arguments import Commands, add_command, add_url, options_of, seconds
 from rdmaload.cli.exits import OTHER, UsageError
-from rdmaload.cli.output import count_text, printable, size_text, write_error, write_result
+from rdmaload.cli.output import printable, write_error, write_result
 
 if TYPE_CHECKING:
     from rdmaload.connectors.objects import ObjectConnector

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from rdmaload.amounts import count_text, size_text
 from rdmaload.cli.checks import Check
-from rdmaload.cli.output import count_text, size_text
 
 if TYPE_CHECKING:
     from rdmaload.connectors.redis import RedisConnector

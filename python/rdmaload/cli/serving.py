@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rdmaload.amounts import count_text, seconds_text, size_text
 from rdmaload.cli.arguments import Commands, add_command, add_url, options_of, seconds, size, whole_number
 from rdmaload.cli.exits import UsageError
-from rdmaload.cli.output import count_text, seconds_text, size_text, write_error, write_result
+from rdmaload.cli.output import write_error, write_result
 from rdmaload.cli.progress import progress_bar
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from rdmaload.amounts import count_text, size_text
 from rdmaload.cli.arguments import ENVIRONMENT, Commands, add_command, options_of, whole_number
 from rdmaload.cli.exits import UsageError
-from rdmaload.cli.output import count_text, size_text, write_result
+from rdmaload.cli.output import write_result
 from rdmaload.cli.transfer import import_torch
 
 __all__ = ["register"]

@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from rdmaload.amounts import count_text, seconds_text, size_text
 from rdmaload.cli.checks import Check
-from rdmaload.cli.output import count_text, seconds_text, size_text
 
 if TYPE_CHECKING:
     from rdmaload.connectors import FileConnector, KeyValueConnector

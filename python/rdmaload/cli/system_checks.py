@@ -12,8 +12,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from rdmaload.amounts import size_text
 from rdmaload.cli.checks import Check
-from rdmaload.cli.output import size_text
 
 __all__ = ["system_checks"]
 

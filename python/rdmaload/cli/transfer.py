@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rdmaload.amounts import amount_text, count_text, size_text
 from rdmaload.cli.arguments import (
     Commands,
     add_command,
@@ -18,7 +19,7 @@ from rdmaload.cli.arguments import (
     whole_number,
 )
 from rdmaload.cli.exits import UsageError
-from rdmaload.cli.output import amount_text, count_text, size_text, write_picture, write_result
+from rdmaload.cli.output import write_picture, write_result
 from rdmaload.cli.progress import progress_bar
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from rdmaload.cli.output import size_text
+from rdmaload.amounts import size_text
 from rdmaload.cli.rates import Figure
 
 __all__ = ["Findings", "Limit", "Verdict", "judge"]
