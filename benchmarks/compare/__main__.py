@@ -20,13 +20,14 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from benchmarks import checkpoints, machine, paired, sglang_way
 from benchmarks.compare import environments, harness, mooncake_store
@@ -282,6 +283,8 @@ def main() -> None:
         return
     if refused := nobody(arguments.source, arguments.region, arguments.against):
         parser.error(refused)
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        parser.error(f"--json {arguments.json}: there is no directory {arguments.json.parent}")
     if "mooncake" in arguments.source:
         mooncake_store.enter_namespace()
     results: list[dict[str, Any]] = []
@@ -308,5 +311,10 @@ def main() -> None:
     keep()
 
 
+def _end(number: int, _: object) -> NoReturn:
+    sys.exit(128 + number)  # unlike the signal's own way it takes temporary files and servers along
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _end)
     main()

@@ -148,7 +148,10 @@ def main() -> None:
     parser.add_argument("json", nargs="+", type=Path)
     parser.add_argument("--plots", type=Path, help="directory for the pictures")
     arguments = parser.parse_args()
-    results = read(arguments.json)
+    try:
+        results = read(arguments.json)
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        parser.error(f"no result of benchmarks.compare can be read: {problem!r}")
     print(table(results))
     if absent := not_here(arguments.json):
         print("\nNot here:", *absent, sep="\n")

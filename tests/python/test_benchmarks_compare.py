@@ -327,6 +327,7 @@ def test_a_cold_run_finds_no_file_in_the_page_cache_and_a_warm_one_all(
         ),
         (["--source", "s3", "file", "--against", "tensorizer", "obstor", "LMCache"], "--against LMCache: no contender"),
         (["--source", "redis", "--region", "save", "--against", "hiredis"], "there are SGLang's connector, set"),
+        (["--source", "file", "--json", "/none/found.json"], "there is no directory /none"),
     ],
 )
 def test_a_comparison_of_nothing_is_refused(
@@ -336,6 +337,33 @@ def test_a_comparison_of_nothing_is_refused(
     with pytest.raises(SystemExit, match="2"):
         compare.main()
     assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "no json", "{}", "[]"])
+def test_a_report_of_no_result_is_refused(
+    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = tmp_path / "found.json"
+    if content is not None:
+        found.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["report", str(found)])
+    with pytest.raises(SystemExit, match="2"):
+        report.main()
+    assert "no result of benchmarks.compare can be read" in capsys.readouterr().err
+
+
+def test_a_comparison_that_is_ended_leaves_no_files(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.compare", "--source", "file", "--against", "cloned", "--bytes", "1e6"]
+    with subprocess.Popen([*command, "--pairs", "1000", "--dir", str(tmp_path)], cwd=environments.ROOT) as process:
+        try:
+            while not any(tmp_path.glob("*/plain/*")):
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.terminate()
+            assert process.wait(60) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_part_with_nothing_to_compare_is_in_the_result_with_its_reason(
