@@ -267,7 +267,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("rdmaload.connectors.output_file.os.write", full)
-    refused = pytest.raises(UnavailableError, match=r"cannot write f in .*No space left")
+    refused = pytest.raises(UnavailableError, match=r"cannot write f in .*No space left on device; free space")
     with LocalConnector(parse_url(tmp_path)) as connector, refused:
         connector.write("f", 5 * MIB, blocks_of(bytes(5 * MIB), MIB, shift=0))
     assert os.listdir(tmp_path) == []

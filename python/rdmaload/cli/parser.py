@@ -29,7 +29,7 @@ options for -o and for the url's query, with their defaults (TEXT has none):
 exit codes:
   0 done                 4 data mismatch              8 unsupported
   1 other                5 authentication             130 interrupted
-  2 usage                6 unreachable or timed out
+  2 usage                6 unreachable, full or timed out
   3 not found            7 layout or identity
 
 examples:

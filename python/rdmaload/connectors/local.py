@@ -7,6 +7,7 @@ directories are not.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import secrets
@@ -194,7 +195,9 @@ class LocalConnector(FileConnector):
         elif isinstance(err, PermissionError):
             kind = AuthenticationError
         place = f"{path} in {self.url}" if path else self.url
-        return kind(f"cannot {verb} {place}: {err.strerror or err}", url=self.url, key=path or None)
+        full = err.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "; free space there, or save elsewhere" if full else ""
+        return kind(f"cannot {verb} {place}: {err.strerror or err}{hint}", url=self.url, key=path or None)
 
 
 def _is_temporary(name: str) -> bool:
