@@ -19,6 +19,7 @@ import torch
 import rdmaload
 from rdmaload._core import crc32c
 from rdmaload.connectors import connector_for
+from rdmaload.connectors.proxies import split_proxy
 from rdmaload.connectors.s3 import S3Connector
 from rdmaload.connectors.s3_upload import S3Upload, crc_text
 from rdmaload.errors import (
@@ -655,16 +656,39 @@ def test_a_secret_in_the_endpoint_is_refused_and_shown_nowhere(caplog: pytest.Lo
             assert "hushhush" not in f"{caught.value} {caught.value.url} {caplog.text}"
 
 
-@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "https://user:hushhush@127.0.0.1:9"])
-def test_proxies_of_other_kinds_are_refused_by_name(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rdmaload.connectors.proxies import Proxies, split_proxy
+OTHER_PROXIES = {
+    "socks5://user:hushhush@127.0.0.1:9": (NotSupportedError, r"socks5://127\.0\.0\.1:9.*http:// proxies"),
+    "https://user:hushhush@127.0.0.1:9": (NotSupportedError, r"https://127\.0\.0\.1:9.*http:// proxies"),
+    "ftp://user:hushhush@127.0.0.1:9": (NotSupportedError, r"ftp://127\.0\.0\.1:9.*http:// proxies"),
+    "http://user:hushhush/x@y@127.0.0.1:9": (UrlError, "percent-encoded"),
+    "http://user:hush#hush@127.0.0.1:9": (UrlError, "percent-encoded"),
+    "http://user:hushhush@[::1": (UrlError, "percent-encoded"),
+    "http://user:9/hushhush@127.0.0.1:9": (UrlError, "percent-encoded"),
+    "http://:9": (UrlError, "percent-encoded"),
+}
 
-    monkeypatch.setenv("HTTP_PROXY", proxy)
-    with pytest.raises(NotSupportedError, match=r"http:// proxies") as caught:
-        Proxies().of("http://models.example/m")
-    assert "hushhush" not in str(caught.value)
-    with pytest.raises(NotSupportedError, match=proxy.partition(":")[0]):
-        split_proxy(proxy)
+
+@pytest.mark.parametrize("proxy", OTHER_PROXIES)
+@pytest.mark.parametrize(
+    "url", ["http://models.example/m", "s3://b/m?region=us-east-1&username=a&password=b", "s3://b/m?unsigned=true"]
+)
+def test_proxies_of_other_kinds_are_refused_by_name(url: str, proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, words = OTHER_PROXIES[proxy]
+    for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, proxy)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(error, match=words) as caught:
+        rdmaload.open(url)
+    assert "hush" not in str(caught.value)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with HttpObjects({"/bucket/m/config.json": b"{}"}) as server:
+        rdmaload.open(bent_url(server)).close()
+
+
+def test_a_proxy_may_be_written_without_its_scheme() -> None:
+    for proxy in ("u:p%40@proxy:3128", "//u:p%40@proxy:3128", "http://u:p%40@proxy:3128/"):
+        assert split_proxy(proxy) == ("http://proxy:3128", "Basic dTpwQA==")
 
 
 def test_a_public_bucket_needs_none(tiny_checkpoint: Checkpoint) -> None:

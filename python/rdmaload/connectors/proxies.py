@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from urllib.parse import unquote, urlsplit, urlunsplit
 from urllib.request import getproxies, proxy_bypass
 
-from rdmaload.errors import NotSupportedError
+from rdmaload.errors import NotSupportedError, UrlError
 
 __all__ = ["Proxies", "split_proxy"]
 
@@ -28,11 +28,24 @@ class Proxies:
 
 
 def split_proxy(proxy: str) -> tuple[str, str]:
-    """A proxy's url without its user, and the header that says who we are."""
+    """A proxy's url without its user, and the header that says who we are.
+
+    Raises UrlError for what is no url, without showing it, and NotSupportedError for proxies of other kinds.
+    """
     if not proxy:
         return "", ""
-    parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    user, at, place = parts.netloc.rpartition("@")
+    try:
+        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy.removeprefix('//')}")
+        user, at, place = parts.netloc.rpartition("@")
+        # A slash in a password ends the place, and what follows has the rest of the password.
+        sound = bool(parts.hostname) and parts.port != 0 and "@" not in f"{parts.path}{parts.query}{parts.fragment}"
+    except ValueError:
+        sound = False
+    if not sound:
+        raise UrlError(
+            "a proxy that the environment names is no url: HTTP_PROXY, HTTPS_PROXY and ALL_PROXY are "
+            "http://user:password@host:port, with what is special in user and password percent-encoded"
+        )
     if parts.scheme != "http":
         raise NotSupportedError(
             f"the proxy {parts.scheme}://{place}, which the environment names, cannot be used: rdmaload goes through "

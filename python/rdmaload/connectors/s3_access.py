@@ -126,6 +126,9 @@ class S3Access:
             if not (options.endpoint_url or "").startswith("http://"):
                 tls = pool.submit(clients.native_tls)
             client = self._in_region(clients, self._arn_region or clients.region or "us-east-1")
+            endpoint = client.meta.endpoint_url
+            self._proxies = get_environ_proxies(endpoint) or {}
+            split_proxy(self._proxies.get(urlsplit(endpoint).scheme, ""))  # before botocore uses what we refuse
             self.tls = clients.native_tls
             with contextlib.suppress(NotSupportedError):  # without OpenSSL, http:// works all the same
                 self.tls = clients.native_tls if tls is None else tls.result()  # first: what is wrong says more
@@ -133,7 +136,6 @@ class S3Access:
                 self._check_zone_has_region(clients)
             elif options.region is None and options.endpoint_url is None and self._arn_region is None:
                 client = self._in_region_of_bucket(client, clients)
-        self._proxies = get_environ_proxies(client.meta.endpoint_url) or {}
         return client
 
     def _in_region(self, clients: S3Clients, region: str) -> Any:
