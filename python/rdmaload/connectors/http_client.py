@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
+from rdmaload.connectors.http_statuses import REDIRECTS, meaning_of_status, status_passes
 from rdmaload.connectors.proxies import Proxies
 from rdmaload.connectors.retries import Refused, Retries, retry_after_seconds
-from rdmaload.connectors.tls import failure_passes, meaning_of_failure, python_context
+from rdmaload.connectors.tls import failure_in, failure_passes, first_error, meaning_of_failure, python_context
 from rdmaload.errors import (
     AuthenticationError,
     FormatError,
-    IntegrityError,
     LoadTimeoutError,
-    NotFoundError,
     NotSupportedError,
     RdmaloadError,
     UnavailableError,
@@ -37,7 +36,6 @@ __all__ = ["Headers", "HttpClient", "Response", "sendable", "shown_url"]
 Headers = tuple[tuple[str, str], ...]
 _Result = TypeVar("_Result")
 
-_REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS = 5
 
 
@@ -128,7 +126,7 @@ class HttpClient:
             self._retries.has_answered = True
             # A header's bytes are read as Latin-1; some servers send a name as it is.
             location = sendable(response.header("location").encode("latin-1"))
-            if response.status in _REDIRECTS and location:
+            if response.status in REDIRECTS and location:
                 with response:
                     url = urljoin(url, location)
                 if begun.scheme == "https" and urlsplit(url).scheme != "https":
@@ -139,7 +137,7 @@ class HttpClient:
                         key=key,
                     )
                 continue
-            if _passes(response.status):
+            if status_passes(response.status):
                 with response:
                     raise Refused(self.meaning(response, key), retry_after_seconds(response.header("retry-after")))
             return response
@@ -152,22 +150,8 @@ class HttpClient:
     def meaning(self, response: Response, key: str | None = None) -> RdmaloadError:
         """The error that a status is; the native transport says the same of the answers that it gets."""
         status = response.status
-        kind: type[RdmaloadError] = UrlError
-        hint = "Check the url and the options"
-        if status in (401, 402, 403, 407, 451):
-            kind, hint = AuthenticationError, _WHO
-        elif status in (404, 410):
-            kind, hint = NotFoundError, "Check the url"
-        elif status in (412, 416):
-            kind, hint = IntegrityError, "It was replaced after the model was opened: open it again"
-        elif status in (405, 501, 505):
-            kind, hint = NotSupportedError, "The server does not answer such requests"
-        elif _passes(status):
-            kind, hint = UnavailableError, "It cannot serve this now"
-        elif status in _REDIRECTS:
-            hint = "It does not say where to go from there: correct the url"
-        elif status < 400:
-            kind, hint = FormatError, "That is no answer to such a request"
+        kind, hint = meaning_of_status(status)
+        hint = _WHO if kind is AuthenticationError else f"{hint[0].upper()}{hint[1:]}"
         text = f"{self._place(key)}: {shown_url(response.url)} answered {status}"
         return kind(f"{text}. {hint}", url=self._url, key=key)
 
@@ -191,17 +175,12 @@ class HttpClient:
 
     def translated(self, err: Exception, key: str | None) -> RdmaloadError:
         """Our error for one of urllib3's or of a socket."""
-        import ssl
-
         from urllib3 import exceptions
 
-        cause: BaseException | None = err
-        while cause is not None and not isinstance(cause, ssl.SSLError):
-            reason = getattr(cause, "reason", None)
-            cause = reason if isinstance(reason, BaseException) else (cause.__cause__ or _first_error(cause))
+        cause = failure_in(err)
         kind: type[RdmaloadError] = UnavailableError
         hint = ""
-        if isinstance(cause, ssl.SSLError) and not failure_passes(cause):
+        if cause is not None and not failure_passes(cause):
             kind, hint = meaning_of_failure(cause)
         elif isinstance(err, (exceptions.TimeoutError, TimeoutError)) and not isinstance(
             err, exceptions.NewConnectionError
@@ -279,15 +258,6 @@ def shown_url(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-def _passes(status: int) -> bool:
-    """Whether the same request may succeed a little later."""
-    return status in (408, 409, 421, 423, 425, 429) or (status >= 500 and status not in (501, 505))
-
-
-def _first_error(err: BaseException) -> BaseException | None:
-    return next((part for part in err.args if isinstance(part, BaseException)), None)
-
-
 def _without_urls(err: BaseException) -> str:
     """The system's own words where there are some: what a library says around them shows objects and urls."""
     inner: BaseException | None = err
@@ -295,5 +265,5 @@ def _without_urls(err: BaseException) -> str:
     while inner is not None:
         if isinstance(inner, OSError) and (inner.strerror or inner.args):
             words = str(inner.strerror or inner.args[0])
-        inner = inner.__cause__ or inner.__context__ or _first_error(inner)
+        inner = inner.__cause__ or inner.__context__ or first_error(inner)
     return words

@@ -123,12 +123,15 @@ class S3Connector(ObjectConnector):
         found: list[FileInfo] = []
         for page in self._pages("list_objects_v2", "list", Prefix=self._prefix):
             for entry in page.get("Contents", ()):
-                path = entry["Key"][len(self._prefix) :]
+                key, size = entry.get("Key"), entry.get("Size", -1)
+                if key is None or size < 0:
+                    raise FormatError(f"{self.url}: the store lists {key or 'an object'} without a size", url=self.url)
+                path = key[len(self._prefix) :]
                 # An empty object whose name ends with a slash is what consoles show as a folder.
                 if not path or path.endswith("/") or is_hidden(path):
                     continue
                 self._check(path)
-                found.append(FileInfo(path, entry["Size"], _quoted(entry.get("ETag"))))
+                found.append(FileInfo(path, size, _quoted(entry.get("ETag"))))
         if not found:
             raise NotFoundError(f"there are no objects at {self.url}: check bucket and prefix", url=self.url)
         return sorted(found, key=lambda info: info.path)
@@ -341,14 +344,30 @@ class S3Connector(ObjectConnector):
         """The answers of a listing, each tried again by itself."""
         call = getattr(self._client(), operation)
         asked["Bucket"] = self._bucket
+
+        def ask() -> Mapping[str, Any]:
+            from botocore.exceptions import BotoCoreError
+
+            try:
+                page: Mapping[str, Any] = call(**asked)
+            except ValueError as err:
+                if isinstance(err, BotoCoreError):
+                    raise
+                raise FormatError(
+                    f"{self.url}: the store lists what is no number or date: {err}", url=self.url
+                ) from err
+            return page
+
         while True:
-            page: Mapping[str, Any] = self._tried(verb, None, partial(call, **asked))
+            page = self._tried(verb, None, ask)
             yield page
             if not page.get("IsTruncated"):
                 return
             more = {name: page[given] for name, given in _NEXT_PAGE.items() if given in page}
             if not more:
                 raise FormatError(f"{self.url}: the store lists a part and does not say how to go on", url=self.url)
+            if more.items() <= asked.items():
+                raise FormatError(f"{self.url}: the store lists the same part again and again", url=self.url)
             asked |= more
 
     def _meaning(self, err: Exception, verb: str, path: str | None) -> RdmaloadError:

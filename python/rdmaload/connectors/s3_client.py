@@ -25,6 +25,7 @@ from botocore.loaders import JSONFileLoader, Loader
 
 from rdmaload.connectors.authorities import given_authorities, system_authorities
 from rdmaload.connectors.tls import native_context
+from rdmaload.errors import AuthenticationError
 from rdmaload.options import Options
 
 if TYPE_CHECKING:
@@ -97,16 +98,28 @@ class S3Clients:
         """
         return (
             given_authorities(self._options, url=self._url)
-            or self._session.get_config_variable("ca_bundle")
-            or os.environ.get("REQUESTS_CA_BUNDLE")  # which botocore's http library knows
+            or self._named_authorities()[1]
             or system_authorities()
             or str(get_cert_path(True))
         )
 
+    def _named_authorities(self) -> tuple[str, str]:
+        """The file that environment or profile name, after who names it; empty where nobody does."""
+        bundle = self._session.get_config_variable("ca_bundle")
+        if bundle:
+            return "AWS_CA_BUNDLE" if "AWS_CA_BUNDLE" in os.environ else "the profile's ca_bundle", str(bundle)
+        return "REQUESTS_CA_BUNDLE", os.environ.get("REQUESTS_CA_BUNDLE", "")  # which botocore's http library knows
+
     def native_tls(self) -> TlsContext:
         """The same TLS for the native transport. Raises NotSupportedError where there is no OpenSSL."""
         ca_file = (self._ca_file or self._authorities()) if self._options.verify_tls else None
-        return native_context(replace(self._options, ca_file=ca_file, ca_dir=None), url=self._url)
+        try:
+            return native_context(replace(self._options, ca_file=ca_file, ca_dir=None), url=self._url)
+        except AuthenticationError as err:
+            named, path = self._named_authorities()
+            if not path or path != ca_file or self._options.ca_file is not None:
+                raise
+            raise AuthenticationError(str(err).replace(f"ca_file={path}", f"{named}={path}"), url=self._url) from err
 
 
 class _PlainFiles(JSONFileLoader):  # type: ignore[misc]  # botocore has no types

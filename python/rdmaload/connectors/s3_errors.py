@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from http.client import HTTPException
+from typing import Any
 
 from rdmaload.connectors.http_client import shown_url
+from rdmaload.connectors.http_statuses import meaning_of_status
+from rdmaload.connectors.tls import failure_in, failure_passes, meaning_of_failure
 from rdmaload.errors import (
     AuthenticationError,
     IntegrityError,
@@ -19,6 +23,8 @@ from rdmaload.errors import (
 __all__ = ["meaning_of"]
 
 _URLS = re.compile(r"https?://[^\s\"')]+")
+# User and password of any url, a proxy's included, with slashes that their owner forgot to encode; not host and port.
+_USERS = re.compile(r"(?<=//)(?:[^\s\"'/@]*@)+|(?<=//)(?![^\s\"'/@]*:\d+/)[^\s\"'/@]*:[^\s\"']*@")
 _NOT_FOUND = frozenset({"404", "NoSuchKey", "NoSuchBucket", "NotFound", "NoSuchUpload", "NoSuchVersion"})
 _REFUSED = frozenset(
     {
@@ -62,6 +68,12 @@ _CREDENTIALS = (
     "Token",
     "UnauthorizedSSO",
     "Login",
+    "InvalidIMDSEndpoint",
+    "MetadataRetrieval",
+    "NoAuthToken",
+    "RefreshWithMFA",
+    "UnknownCredential",
+    "UnknownTokenProvider",
 )
 
 _CHECK = "check the credentials and what they may do"
@@ -70,37 +82,54 @@ _FOR_CREDENTIALS = frozenset(
 )
 
 
+_UNSUPPORTED = ("Unsupported", "MissingDependency")
+_BUCKET_NAME = re.compile(r'Invalid bucket name "([^"]*)"')
+
+
 def meaning_of(err: Exception, verb: str, path: str | None, url: str) -> RdmaloadError:
     """What an exception of botocore means to the caller, without secrets of urls."""
-    from botocore import exceptions as theirs
+    from botocore.exceptions import ClientError
 
     place = f"{path} in {url}" if path else url
-    kind: type[RdmaloadError] = UnavailableError
-    name, hint = type(err).__name__, ""
-    text = _URLS.sub(lambda found: shown_url(found[0]), str(err))
-    if isinstance(err, theirs.ClientError):
-        error = err.response.get("Error", {})
-        status = err.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        kind, hint = _meaning_of_code(str(error.get("Code", "")), int(status))
-        asked = ""
-        if err.operation_name in _FOR_CREDENTIALS:
-            asked = f" ({err.operation_name})"  # it was not the bucket's store that refused
-            if kind is not UnavailableError:
-                kind, hint = AuthenticationError, _CHECK
-        text = f"{error.get('Code', status)}{asked}: {error.get('Message') or 'no further word'}"
-    elif name.startswith(_CREDENTIALS) or isinstance(err, (theirs.ProfileNotFound, theirs.ConfigParseError)):
-        kind = AuthenticationError
-        hint = "set up credentials as for the aws command, or give unsigned=true for a public bucket"
-    elif isinstance(err, theirs.SSLError):
-        kind, hint = AuthenticationError, "give the CA that signed the store's certificate by ca_file= or ca_dir="
-    elif isinstance(err, (FileNotFoundError, PermissionError)):  # of a token or credentials that the profile names
-        kind, hint = AuthenticationError, "set up credentials as for the aws command"
-    elif isinstance(err, (theirs.ParamValidationError, ValueError)):
-        kind, hint = UrlError, "correct the url or its endpoint_url"
-    elif isinstance(err, (theirs.ReadTimeoutError, theirs.ConnectTimeoutError)) or "Timeout" in name:
-        kind = LoadTimeoutError
-    message = f"cannot {verb} {place}: {text}" + (f". {hint[0].upper()}{hint[1:]}" if hint else "")
+    if isinstance(err, ClientError):
+        kind, hint, text = _meaning_of_answer(err)
+    else:
+        kind, hint = _meaning_of_failure(err)
+        text = _words(err)
+    text = _URLS.sub(lambda found: shown_url(found[0]), _USERS.sub("", text))
+    message = f"cannot {verb} {place}: {text}"
+    if hint:
+        message = f"{message.rstrip('.')}. {hint[0].upper()}{hint[1:]}"
     return kind(message, url=url, key=path)
+
+
+def _words(err: Exception) -> str:
+    """The library's, but for what it says in two lines and a regular expression."""
+    from urllib3.exceptions import LocationParseError
+
+    text = str(err)
+    if isinstance(getattr(err, "kwargs", {}).get("error"), LocationParseError):
+        return "the url of the endpoint or of a proxy makes no sense"  # they show it, with what may be a password
+    bucket = _BUCKET_NAME.search(text)
+    if bucket is not None:
+        return (
+            f"a bucket cannot be called {bucket[1]}: names have 1 to 255 letters, digits, dots, hyphens and underscores"
+        )
+    known = type(err).__module__.startswith(("botocore", "urllib3", "builtins"))
+    return text if known and text else f"{type(err).__name__} {text}".rstrip()
+
+
+def _meaning_of_answer(err: Any) -> tuple[type[RdmaloadError], str, str]:
+    """Class, hint and text of what a store answered."""
+    error = err.response.get("Error", {})
+    status = int(err.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    kind, hint = _meaning_of_code(str(error.get("Code", "")), status)
+    asked = ""
+    if err.operation_name in _FOR_CREDENTIALS:
+        asked = f" ({err.operation_name})"  # it was not the bucket's store that refused
+        if kind is not UnavailableError:
+            kind, hint = AuthenticationError, _CHECK
+    return kind, hint, f"{error.get('Code', status)}{asked}: {error.get('Message') or 'no further word'}"
 
 
 def _meaning_of_code(code: str, status: int) -> tuple[type[RdmaloadError], str]:
@@ -108,22 +137,64 @@ def _meaning_of_code(code: str, status: int) -> tuple[type[RdmaloadError], str]:
         return NotFoundError, "check bucket and prefix" if code == "NoSuchBucket" else ""
     if code in _REFUSED:
         return AuthenticationError, _CHECK
-    if code in ("PreconditionFailed", "412"):
-        return IntegrityError, "it was replaced after the model was opened: open it again"
+    if code == "PreconditionFailed":
+        return meaning_of_status(412)
     if code in ("PermanentRedirect", "301", "IllegalLocationConstraintException"):
         return UrlError, "the bucket is in another region: give region="
-    if code in ("NotImplemented", "MethodNotAllowed", "501", "405"):
+    if code in ("NotImplemented", "MethodNotAllowed"):
         return NotSupportedError, ""
     if code == "InvalidObjectState":
         return NotSupportedError, "it is archived: restore it first"
     if code in ("InvalidBucketName", "InvalidURI", "KeyTooLongError"):
         return UrlError, "correct the url"
-    if status >= 500 or status in (408, 429) or code in _BUSY:
+    if code in _BUSY:
         return UnavailableError, ""
-    if status in (401, 403, 407):
-        return AuthenticationError, _CHECK
-    if status in (404, 410):
-        return NotFoundError, ""
-    if status == 412:
-        return IntegrityError, "it was replaced after the model was opened: open it again"
+    kind, hint = meaning_of_status(status)
+    return kind, "" if kind in (UnavailableError, NotFoundError) else hint
+
+
+def _meaning_of_failure(err: Exception) -> tuple[type[RdmaloadError], str]:
+    """Class and hint of what went wrong before there was an answer, or while it came."""
+    from botocore import exceptions as theirs
+    from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import HTTPError, LocationValueError
+
+    name, cause = type(err).__name__, getattr(err, "kwargs", {}).get("error")
+    cause = cause if isinstance(cause, BaseException) else err
+    stale = isinstance(err, RuntimeError) and "redentials" in str(err)  # what was fetched anew has expired, too
+    if (
+        stale
+        or name.startswith(_CREDENTIALS)
+        or isinstance(err, (theirs.ProfileNotFound, theirs.ConfigParseError, FileNotFoundError, PermissionError))
+    ):
+        return (
+            AuthenticationError,
+            "set up credentials as for the aws command, or give unsigned=true for a public bucket",
+        )
+    failure = failure_in(cause)
+    if failure is not None and not failure_passes(failure):
+        return meaning_of_failure(failure)
+    if isinstance(err, theirs.ParamValidationError) or isinstance(cause, (LocationValueError, ValueError)):
+        return UrlError, "correct the url or its endpoint_url"
+    if isinstance(err, (theirs.ReadTimeoutError, theirs.ConnectTimeoutError)) or "Timeout" in name:
+        return LoadTimeoutError, ""
+    if isinstance(
+        err,
+        (
+            theirs.ConnectionError,
+            theirs.HTTPClientError,
+            theirs.IncompleteReadError,
+            ResponseParserError,  # a document that was cut short
+            HTTPError,
+            HTTPException,
+            OSError,
+        ),
+    ):
+        return UnavailableError, ""
+    if isinstance(err, (theirs.ChecksumError, theirs.FlexibleChecksumError)):
+        return IntegrityError, ""
+    if name.startswith(_UNSUPPORTED):
+        return NotSupportedError, ""
+    if isinstance(err, theirs.BotoCoreError):
+        return UrlError, f"correct the url, or what environment and profile say ({name})"
     return RdmaloadError, ""

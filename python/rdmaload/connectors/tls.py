@@ -26,7 +26,15 @@ if TYPE_CHECKING:
 
     from rdmaload._core import TlsContext
 
-__all__ = ["check_tls_options", "failure_passes", "meaning_of_failure", "native_context", "python_context"]
+__all__ = [
+    "check_tls_options",
+    "failure_in",
+    "failure_passes",
+    "first_error",
+    "meaning_of_failure",
+    "native_context",
+    "python_context",
+]
 
 _log = logging.getLogger("rdmaload")
 
@@ -137,6 +145,19 @@ def native_context(options: Options, *, url: str) -> TlsContext:
         )
     except (AuthenticationError, NotSupportedError) as err:
         raise type(err)(f"{url}: {err}", url=url) from err
+
+
+def failure_in(err: BaseException | None) -> ssl.SSLError | None:
+    """What OpenSSL said, in what urllib3 made of it; None where it was not TLS that failed."""
+    while err is not None and not isinstance(err, ssl.SSLError):
+        reason = getattr(err, "reason", None)
+        err = reason if isinstance(reason, BaseException) else (err.__cause__ or first_error(err))
+    return err
+
+
+def first_error(err: BaseException) -> BaseException | None:
+    """The first exception among the arguments of another."""
+    return next((part for part in err.args if isinstance(part, BaseException)), None)
 
 
 def failure_passes(failure: ssl.SSLError) -> bool:
