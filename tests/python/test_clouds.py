@@ -240,6 +240,24 @@ def test_options_that_make_no_sense_are_refused(url: str, monkeypatch: pytest.Mo
         rdmaload.open(url)
 
 
+@pytest.mark.parametrize(
+    ("proxy", "error"),
+    [("socks5://u:hushhush@127.0.0.1:9", NotSupportedError), ("http://u:hushhush/x@y@127.0.0.1:9", UrlError)],
+)
+@pytest.mark.parametrize("url", ["gs://bucket/m?unsigned=true", "az://bucket/m?unsigned=true&username=account"])
+def test_proxies_of_other_kinds_are_refused_by_name(
+    url: str, proxy: str, error: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    with pytest.raises(error, match="http://") as caught:
+        rdmaload.open(url)
+    assert "hush" not in str(caught.value)
+    monkeypatch.setenv("NO_PROXY", "storage.googleapis.com,account.blob.core.windows.net")
+    with connector_for(url) as connector:
+        assert isinstance(connector, ObstoreConnector)
+        connector._store()
+
+
 def test_the_command_line_knows_clouds(
     cloud: Cloud, tiny_checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from rdmaload.connectors.connector import FileInfo
 from rdmaload.connectors.http_client import Headers, shown_url
+from rdmaload.connectors.http_statuses import meaning_of_status
 from rdmaload.connectors.objects import KEPT, ObjectConnector
 from rdmaload.connectors.obstore_upload import ObstoreUpload
 from rdmaload.connectors.proxies import Proxies
@@ -27,7 +28,6 @@ from rdmaload.connectors.tls import native_context
 from rdmaload.errors import (
     AuthenticationError,
     FormatError,
-    IntegrityError,
     LoadTimeoutError,
     NotFoundError,
     NotSupportedError,
@@ -51,6 +51,7 @@ _MAX_SMALL_BYTES = 64 * 2**20
 _WHOLE_DAY = datetime.timedelta(days=1)  # obstore's own limit of a whole request would cut slow transfers short
 _PARTS_AT_ONCE = 4
 _OF_CREDENTIALS = re.compile(r"credential|token|[Ss]ervice[ _]?[Aa]ccount|private key|decode key|signBlob|SAS")
+_NO_ANSWER = re.compile(r"[Hh]eader (?:missing|not present)|Requested \S+, got")
 _URLS = re.compile(r"https?://[^\s\"')]+")
 
 
@@ -95,10 +96,19 @@ class ObstoreConnector(ObjectConnector):
                         f"{self.url} needs obstore: pip install 'rdmaload[{self.extra}]'", url=self.url
                     ) from err
                 with self._translated("open"):
-                    self._made = self._new_store(
+                    made = self._new_store(
                         dict(self._config), client_options=self._client_options(), retry_config=self._retries()
                     )
+                self._proxies.of(self._endpoint(made.config))  # before obstore uses what we refuse
+                self._made = made
             return self._made
+
+    def _endpoint(self, config: Mapping[str, Any]) -> str:
+        """Where the store is, as `config` says with what the environment does."""
+        given = self.options.endpoint_url or config.get("base_url") or config.get("endpoint")
+        account = config.get("account_name")
+        host = f"{account}.blob.core.windows.net" if account else "storage.googleapis.com"
+        return str(given or f"https://{host}")
 
     def _client_options(self) -> dict[str, object]:
         options = self.options
@@ -299,27 +309,40 @@ class ObstoreConnector(ObjectConnector):
         status = int(found[1]) if found else 0
         kind: type[RdmaloadError] = RdmaloadError
         hint = ""
+        about = unquote(text).replace(path, "") if path else text  # a file may be called tokenizer.json
         if isinstance(err, FileNotFoundError) or status == 404:
             kind = NotFoundError
             hint = f"check {self.place_name} and prefix" if path is None else ""
-        elif isinstance(err, (theirs.PermissionDeniedError, theirs.UnauthenticatedError)) or status in (401, 403):
-            kind, hint = AuthenticationError, "check the credentials and what they may do"
-        elif isinstance(err, theirs.PreconditionError) or status == 412:
-            kind, hint = IntegrityError, "it was replaced after the model was opened: open it again"
-        elif status >= 500 or status in (408, 429):
-            kind = UnavailableError
-        elif _OF_CREDENTIALS.search(text.replace(path, "") if path else text):  # a file may be called tokenizer.json
+        elif isinstance(err, (theirs.PermissionDeniedError, theirs.UnauthenticatedError)):
+            kind, hint = meaning_of_status(403)
+        elif isinstance(err, theirs.PreconditionError):
+            kind, hint = meaning_of_status(412)
+        elif isinstance(err, theirs.AlreadyExistsError) and verb in ("write", "remove"):
+            kind = RdmaloadError  # a 409, which passes for a read, may here be a lease of somebody else
+        elif status and not (status == 400 and _OF_CREDENTIALS.search(about)):
+            kind, hint = meaning_of_status(status)
+        elif "redirect without" in text:
+            kind, hint = meaning_of_status(302)
+        elif "must be specified" in text:
+            kind, hint = UrlError, f"say which ({self._how_to_log_in()})"
+        elif _OF_CREDENTIALS.search(about):
             kind = AuthenticationError
             hint = f"give credentials ({self._how_to_log_in()}), or unsigned=true for what is public"
         elif isinstance(err, (theirs.UnknownConfigurationKeyError, TypeError, ValueError)):
             kind, hint = UrlError, "correct the url or storage_options"
         elif isinstance(err, (theirs.NotSupportedError, NotImplementedError)):
             kind = NotSupportedError
+        elif "non-partial response" in text:
+            kind, hint = NotSupportedError, "the store does not support ranges, which loading needs"
+        elif _NO_ANSWER.search(text):
+            kind, hint = FormatError, "that is no answer to such a request"
         elif "timed out" in str(err) or "Timeout" in str(err):
             kind = LoadTimeoutError
-        elif "error sending request" in text or "connect" in text.lower():
+        elif "error sending request" in text or "body error" in text or "connect" in text.lower():
             kind = UnavailableError
-        message = f"cannot {verb} {place}: {text}" + (f". {hint[0].upper()}{hint[1:]}" if hint else "")
+        message = f"cannot {verb} {place}: {text}"
+        if hint:
+            message = f"{message.rstrip('. ')}. {hint[0].upper()}{hint[1:]}"
         return kind(message, url=self.url, key=path)
 
     @abstractmethod
