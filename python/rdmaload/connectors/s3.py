@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeVar
 
 from rdmaload._core import crc32c
 from rdmaload.connectors.connector import FileInfo, is_hidden
+from rdmaload.connectors.http_statuses import meaning_of_status
 from rdmaload.connectors.objects import KEPT, ObjectConnector
 from rdmaload.connectors.retries import Refused, Retries, retry_after_seconds
 from rdmaload.connectors.s3_access import S3Access
@@ -195,6 +196,10 @@ class S3Connector(ObjectConnector):
 
     def _check_answer(self, path: str, answer: Mapping[str, Any], offset: int, count: int) -> None:
         """Refuse an answer that has other bytes than those asked for, or those of another version."""
+        status = answer["ResponseMetadata"]["HTTPStatusCode"]
+        if status not in (200, 206):  # botocore takes every 2xx for an object
+            kind, hint = meaning_of_status(status)
+            raise kind(f"{path} in {self.url}: the store answered {status}: {hint}", url=self.url, key=path)
         pinned, etag = self._etags.get(path), answer.get("ETag")
         if pinned and etag and _quoted(etag) != pinned:
             raise IntegrityError(

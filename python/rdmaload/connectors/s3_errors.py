@@ -8,7 +8,7 @@ from typing import Any
 
 from rdmaload.connectors.http_client import shown_url
 from rdmaload.connectors.http_statuses import meaning_of_status
-from rdmaload.connectors.tls import failure_in, failure_passes, meaning_of_failure
+from rdmaload.connectors.tls import failure_in, meaning_of_failure
 from rdmaload.errors import (
     AuthenticationError,
     IntegrityError,
@@ -172,7 +172,7 @@ def _meaning_of_failure(err: Exception) -> tuple[type[RdmaloadError], str]:
             "set up credentials as for the aws command, or give unsigned=true for a public bucket",
         )
     failure = failure_in(cause)
-    if failure is not None and not failure_passes(failure):
+    if failure is not None:
         return meaning_of_failure(failure)
     if isinstance(err, theirs.ParamValidationError) or isinstance(cause, (LocationValueError, ValueError)):
         return UrlError, "correct the url or its endpoint_url"
