@@ -26,11 +26,11 @@ import json
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NoReturn
 
 from rdmaload.errors import FormatError, NotSupportedError
+from rdmaload.threads import map_in_threads
 from rdmaload.weights import MAX_WEIGHT_INDEX_BYTES, weight_files_of
 
 if TYPE_CHECKING:
@@ -313,8 +313,8 @@ def index_of_files(connector: FileConnector) -> Index:
         return read(path, 0, min(sizes[path], MAX_WEIGHT_INDEX_BYTES + 1))
 
     weights = weight_files_of(sizes, read_index, url=connector.url)
-    with ThreadPoolExecutor(max_workers=max(1, connector.options.threads)) as pool:
-        headers = dict(zip(weights, pool.map(read_header, weights), strict=True))
+    read_headers = map_in_threads(read_header, weights, connector.options.threads, name="rdmaload-header")
+    headers = dict(zip(weights, read_headers, strict=True))
     shards = {path: _SHARD_NAME.fullmatch(path) for path in weights}
     sharded = bool(shards) and all(shards.values())
     files = []

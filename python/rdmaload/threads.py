@@ -1,11 +1,15 @@
-"""Run one function in several threads until the first error, and leave none behind."""
+"""Run one function in several threads until the first error; an interrupt ends the caller's wait."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
-__all__ = ["run_in_threads"]
+__all__ = ["map_in_threads", "run_in_threads"]
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 # How often the caller's thread looks around meanwhile; often enough for a progress bar.
 _TICK_SECONDS = 0.1
@@ -72,3 +76,58 @@ def run_in_threads(
                 thread.join()
     if errors:
         raise errors[0]
+
+
+def map_in_threads(
+    work: Callable[[_Item], _Result], items: Iterable[_Item], threads: int, *, name: str = "rdmaload"
+) -> list[_Result]:
+    """`work` of every item, in order, by at most so many threads: small requests to a store.
+
+    The first error is raised when what had begun has ended. A KeyboardInterrupt is raised at once: a request that the
+    store does not answer would hold the caller until its time-outs. What had begun goes on in daemon threads, which
+    hold up no process that ends; closing the connector ends its retries.
+    """
+    waiting = list(enumerate(items))
+    waiting.reverse()  # so that pop() takes the first
+    results: dict[int, _Result] = {}
+    errors: list[BaseException] = []
+    lock = threading.Lock()
+    running = min(max(1, threads), len(waiting))
+    finished = threading.Event()
+
+    def body() -> None:
+        nonlocal running
+        try:
+            while True:
+                with lock:
+                    if not waiting:
+                        return
+                    number, item = waiting.pop()
+                result = work(item)
+                with lock:
+                    results[number] = result
+        except BaseException as err:
+            with lock:
+                errors.append(err)
+                waiting.clear()
+        finally:
+            with lock:
+                running -= 1
+                if running == 0:
+                    finished.set()
+
+    count = len(waiting)
+    try:
+        for thread in [
+            threading.Thread(target=body, name=f"{name}-{number}", daemon=True) for number in range(running)
+        ]:
+            thread.start()
+        if count:
+            finished.wait()
+    except BaseException:
+        with lock:
+            waiting.clear()
+        raise
+    if errors:
+        raise errors[0]
+    return [results[number] for number in range(count)]

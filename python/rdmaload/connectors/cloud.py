@@ -12,7 +12,6 @@ import hashlib
 import hmac
 import logging
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -20,6 +19,7 @@ from rdmaload.connectors.http_client import Headers, HttpClient
 from rdmaload.connectors.obstore import GOOD_SECONDS, URL_SECONDS, ObstoreConnector
 from rdmaload.connectors.store_digests import FileDigest, digest_of_headers
 from rdmaload.errors import RdmaloadError
+from rdmaload.threads import map_in_threads
 
 __all__ = ["AzureConnector", "GcsConnector"]
 
@@ -61,9 +61,10 @@ class GcsConnector(ObstoreConnector):
     def digests(self, paths: Sequence[str]) -> dict[str, FileDigest]:
         client = HttpClient(self.options, url=self.url, connections=self.connections)
         try:
-            with ThreadPoolExecutor(max(1, min(self.connections, len(paths))), "rdmaload-head") as pool:
-                found = pool.map(lambda path: self._digest(client, path), paths)
-                return {path: digest for path, digest in zip(paths, found, strict=True) if digest is not None}
+            found = map_in_threads(
+                lambda path: self._digest(client, path), paths, self.connections, name="rdmaload-head"
+            )
+            return {path: digest for path, digest in zip(paths, found, strict=True) if digest is not None}
         finally:
             client.close()
 

@@ -19,6 +19,7 @@ from rdmaload.connectors.http_listing import Listing, listed_directory, listed_f
 from rdmaload.connectors.tls import check_tls_options
 from rdmaload.errors import FormatError, NotFoundError, UrlError
 from rdmaload.options import Options
+from rdmaload.threads import map_in_threads
 from rdmaload.urls import Url
 
 __all__ = ["HttpConnector"]
@@ -122,10 +123,7 @@ class HttpConnector(HttpFiles):
         )
 
     def _companions(self) -> Mapping[str, None]:
-        from concurrent.futures import ThreadPoolExecutor
-
-        with ThreadPoolExecutor(max_workers=self.connections) as pool:
-            found = list(pool.map(self.look, _COMPANIONS))
+        found = map_in_threads(self.look, _COMPANIONS, self.connections, name="rdmaload-look")
         return dict.fromkeys(path for path, version in zip(_COMPANIONS, found, strict=True) if version is not None)
 
     def _named_by_index(self, path: str, body: bytes) -> Listing:

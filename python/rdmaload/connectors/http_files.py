@@ -12,7 +12,6 @@ import re
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 from urllib.parse import urlsplit
@@ -23,6 +22,7 @@ from rdmaload.connectors.store_digests import FileDigest, digest_of_headers
 from rdmaload.connectors.tls import native_context
 from rdmaload.errors import FormatError, IntegrityError, NotFoundError, NotSupportedError, RdmaloadError
 from rdmaload.options import Options
+from rdmaload.threads import map_in_threads
 from rdmaload.urls import Url
 
 __all__ = ["HttpFiles", "credentials_header", "header_pairs", "is_hidden"]
@@ -225,8 +225,8 @@ class HttpFiles(FileConnector):
                 )
             return FileInfo(path, version.size, version.etag or version.modified or None)
 
-        with ThreadPoolExecutor(max_workers=max(self.connections, self.options.threads)) as pool:
-            return list(pool.map(info, sorted(listing)))
+        threads = max(self.connections, self.options.threads)
+        return map_in_threads(info, sorted(listing), threads, name="rdmaload-look")
 
     # ---- writing ----
 

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -34,6 +33,7 @@ from rdmaload.errors import (
     UrlError,
 )
 from rdmaload.options import Options
+from rdmaload.threads import map_in_threads
 from rdmaload.urls import Url
 
 __all__ = ["S3Connector"]
@@ -139,9 +139,8 @@ class S3Connector(ObjectConnector):
 
     def digests(self, paths: Sequence[str]) -> dict[str, FileDigest]:
         self._client()
-        with ThreadPoolExecutor(max(1, min(self.connections, len(paths))), "rdmaload-head") as pool:
-            found = pool.map(self._digest, paths)
-            return {path: digest for path, digest in zip(paths, found, strict=True) if digest is not None}
+        found = map_in_threads(self._digest, paths, self.connections, name="rdmaload-head")
+        return {path: digest for path, digest in zip(paths, found, strict=True) if digest is not None}
 
     def _digest(self, path: str) -> FileDigest | None:
         asked = {"Bucket": self._bucket, "Key": self._key(path), "ChecksumMode": "ENABLED"}
