@@ -127,6 +127,7 @@ void Load::prepare(Slot& slot, const PlannedRead& planned) {
   slot.owner = this;
   slot.planned = &planned;
   slot.attempts = 0;
+  slot.failures_in_a_row = 0;
   slot.integrity_failures = 0;
   slot.received = slot.received_before = 0;
   slot.retry_after = {};
@@ -139,9 +140,11 @@ void Load::prepare(Slot& slot, const PlannedRead& planned) {
 // What a finished attempt amounts to: the transport's status, or a checksum that does not fit.
 Status Load::verdict(Slot& slot, const Status& status) const {
   if (!status.ok() || !slot.checksum || slot.crc == *slot.planned->crc) return status;
-  return Status(ErrorCode::kIntegrity, "chunk " + std::to_string(slot.planned->chunk) + " ('" + slot.object +
-                                           "') has CRC32C " + hex(slot.crc) + ", the index says " +
-                                           hex(*slot.planned->crc));
+  return Status(ErrorCode::kIntegrity,
+                "chunk " + std::to_string(slot.planned->chunk) + " ('" + slot.object + "') has CRC32C " +
+                    hex(slot.crc) + ", the index says " + hex(*slot.planned->crc) +
+                    ": what the store holds is damaged, or was changed after the save; "
+                    "save the model again");
 }
 
 void Load::complete(Read& read, const Status& transport_status) noexcept {
@@ -160,10 +163,14 @@ void Load::complete(Read& read, const Status& transport_status) noexcept {
       trace_.push_back({slot.submitted, slot.times, Clock::now(), slot.checksum_time, slot.planned->file,
                         slot.offset, slot.length, slot.attempts, status.ok()});
     }
-    if (slot.received > slot.received_before) last_progress_ = Clock::now();
+    if (slot.received > slot.received_before) {
+      last_progress_ = Clock::now();
+      slot.failures_in_a_row = 0;
+    }
+    ++slot.failures_in_a_row;
     if (!status.ok() && may_retry_locked(slot, status)) {
       ++counters_.retries;
-      not_before = std::max(backoff_locked(slot.attempts), Clock::now() + slot.retry_after);
+      not_before = std::max(backoff_locked(slot.failures_in_a_row), Clock::now() + slot.retry_after);
       const bool keep = status.code() == ErrorCode::kUnavailable || status.code() == ErrorCode::kTimeout;
       if (!keep) slot.received = 0;  // some of it is wrong
       slot.received_before = slot.received;
@@ -220,10 +227,10 @@ bool Load::may_retry_locked(Slot& slot, const Status& status) {
   }
 }
 
-// Doubles from attempt to attempt; a random half of it keeps the readers of many ranks from coming back in
-// step.
-Clock::time_point Load::backoff_locked(int attempts) {
-  const auto full = std::min(kLongestBackoff, kFirstBackoff * (1 << std::min(attempts - 1, 10)));
+// Doubles from attempt to attempt that brought nothing; a random half of it keeps the readers of many ranks
+// from coming back in step.
+Clock::time_point Load::backoff_locked(int failures) {
+  const auto full = std::min(kLongestBackoff, kFirstBackoff * (1 << std::min(failures - 1, 10)));
   const auto half = std::chrono::duration_cast<std::chrono::microseconds>(full) / 2;
   return Clock::now() + half + std::chrono::microseconds(random_() % (half.count() + 1));
 }

@@ -100,6 +100,7 @@ class Load final : private ReadOwner {
   struct Slot : Read {
     const PlannedRead* planned = nullptr;
     int attempts = 0;
+    int failures_in_a_row = 0;  // since an attempt last brought bytes, that one included
     int integrity_failures = 0;
     Clock::time_point submitted;
     Clock::time_point first_failure;  // meaningful once attempts > 0
@@ -113,7 +114,7 @@ class Load final : private ReadOwner {
   void prepare(Slot& slot, const PlannedRead& planned);
   Status verdict(Slot& slot, const Status& status) const;
   bool may_retry_locked(Slot& slot, const Status& status);
-  Clock::time_point backoff_locked(int attempts);
+  Clock::time_point backoff_locked(int failures);
   void fail_locked(const Status& status, const std::string& object = {});
 
   const std::shared_ptr<Transport> transport_;

@@ -414,6 +414,31 @@ TEST_CASE("kUnavailable and kTimeout are tried again, later and later, until the
   CHECK(fixture.load->counters().done_bytes == 2 * kChunk);
 }
 
+TEST_CASE("an attempt that brings bytes begins the pauses anew") {
+  Fixture fixture(1);
+  const auto transport = std::make_shared<ManualTransport>();
+  fixture.make(transport);
+  fixture.load->start();
+  Read* read = transport->take();
+  const auto pause_after = [&](uint64_t bytes) {
+    read->received += bytes;
+    const auto failed_at = Clock::now();
+    finish(read, Status(ErrorCode::kUnavailable, "cut off"));
+    const auto [again, not_before] = transport->take_timed();
+    REQUIRE(again == read);
+    return std::chrono::duration<double, std::milli>(not_before - failed_at).count();
+  };
+  for (int attempt = 0; attempt < 8; ++attempt) CHECK(pause_after(0) >= 0);
+  CHECK(pause_after(0) >= 1000);
+  for (int attempt = 0; attempt < 20; ++attempt)
+    CHECK(pause_after(1) < 20 + 500);  // 500: this machine being slow
+  CHECK(pause_after(0) >= 20);         // and later and later again
+  fixture.serve(read);
+  REQUIRE(fixture.load->wait(soon()));
+  CHECK(fixture.status().ok());
+  CHECK(fixture.holds_everything());
+}
+
 TEST_CASE("retries end when nothing has arrived for the retry time-out") {
   Fixture fixture(4);
   LoadOptions options;
