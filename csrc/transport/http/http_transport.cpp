@@ -192,9 +192,9 @@ Status HttpTransport::fetch(Read& read, SegmentCursor& cursor) {
       if (answer.status != 421) pool_->give_back(route, std::move(connection));
       if (is_redirect(answer.status) && !answer.location.empty()) {
         if (++redirects > kMaxRedirects) {
-          return Status(ErrorCode::kUnavailable, context(read) + ": more than " +
-                                                     std::to_string(kMaxRedirects) +
-                                                     " redirects, the last to " + place->url().shown());
+          return Status(ErrorCode::kInvalid, context(read) + ": more than " + std::to_string(kMaxRedirects) +
+                                                 " redirects, the last to " + place->url().shown() +
+                                                 ": correct the url, or the server");
         }
         place = redirected(read.object, place, answer.location);
         continue;

@@ -141,8 +141,9 @@ class HttpClient:
                 with response:
                     raise Refused(self.meaning(response, key), retry_after_seconds(response.header("retry-after")))
             return response
-        raise UnavailableError(
-            f"{self._place(key)}: more than {_MAX_REDIRECTS} redirects, the last to {shown_url(url)}",
+        raise UrlError(
+            f"{self._place(key)}: more than {_MAX_REDIRECTS} redirects, the last to {shown_url(url)}: correct the url, "
+            "or the server",
             url=self._url,
             key=key,
         )
