@@ -26,14 +26,13 @@ CPP_ONLY_IN = {
 # Python modules by layer, left to right; what is not listed is a plain value that everybody may use.
 PYTHON_ORDER = [
     {"_core"},
-    {"amounts", "errors", "stats", "metrics", "meter"},
+    {"amounts", "errors", "stats", "metrics", "meter", "threads"},
     {"urls", "options", "weights", "manifest", "index"},
     {"connectors"},
     {
         "tensors",
         "devices",
         "host_memory",
-        "threads",
         "generations",
         "file_manifest",
         "digests",
