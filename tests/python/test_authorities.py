@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import rdmaload
+from rdmaload.connectors import authorities
 from rdmaload.connectors.authorities import given_authorities, system_authorities
 from rdmaload.errors import AuthenticationError, NotSupportedError
 from rdmaload.options import Options
@@ -157,3 +159,25 @@ def test_a_directory_is_one_file_for_all_connectors_and_threads(authority: Autho
     assert len(set(found)) == 1
     assert found[0] is not None
     assert Path(found[0]).read_bytes().strip() == authority.ca_file.read_bytes().strip()
+
+
+def test_a_file_that_could_not_be_written_is_not_taken_for_whole_later(
+    authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = Options(ca_dir=str(directory_of(tmp_path, authority)))
+    make = os.memfd_create
+
+    def full(name: str) -> int:
+        """No byte goes in, as where memory is limited."""
+        descriptor = make(name, os.MFD_ALLOW_SEALING)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+        return descriptor
+
+    monkeypatch.setattr(authorities, "_descriptors", {})
+    with monkeypatch.context() as failing:
+        failing.setattr(os, "memfd_create", full)
+        with pytest.raises(AuthenticationError):
+            given_authorities(options, url="s3://bucket/m")
+    path = given_authorities(options, url="s3://bucket/m")
+    assert path is not None
+    assert Path(path).read_bytes().startswith(b"-----BEGIN CERTIFICATE-----")

@@ -83,7 +83,12 @@ def _in_memory(content: bytes) -> str:
     digest = hashlib.sha256(content).digest()
     with _lock:
         if digest not in _descriptors:
-            _descriptors[digest] = os.memfd_create("rdmaload-authorities")
-            with open(_descriptors[digest], "wb", closefd=False) as target:
-                target.write(content)
+            descriptor = os.memfd_create("rdmaload-authorities")
+            try:
+                with open(descriptor, "wb", closefd=False) as target:
+                    target.write(content)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            _descriptors[digest] = descriptor  # whole: later calls trust it
         return f"/proc/self/fd/{_descriptors[digest]}"
