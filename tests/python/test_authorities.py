@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -181,3 +182,11 @@ def test_a_file_that_could_not_be_written_is_not_taken_for_whole_later(
     path = given_authorities(options, url="s3://bucket/m")
     assert path is not None
     assert Path(path).read_bytes().startswith(b"-----BEGIN CERTIFICATE-----")
+
+
+def test_an_unverified_store_is_loaded_where_warnings_are_errors(
+    server: HttpObjects, tiny_checkpoint: Checkpoint
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(server, tiny_checkpoint, verify_tls=False)

@@ -28,10 +28,10 @@ from rdmaload.options import Options
 
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse
-    from urllib3.connectionpool import HTTPSConnectionPool
+    from urllib3.connectionpool import HTTPConnectionPool
     from urllib3.poolmanager import PoolManager
 
-__all__ = ["Headers", "HttpClient", "Response", "sendable", "shown_url"]
+__all__ = ["Headers", "HttpClient", "Response", "sendable", "shown_url", "unwarned_pool"]
 
 Headers = tuple[tuple[str, str], ...]
 _Result = TypeVar("_Result")
@@ -217,25 +217,26 @@ class HttpClient:
                 else:
                     pool = urllib3.PoolManager(maxsize=self._connections, **more)
                 if not self._options.verify_tls:
-                    pool.pool_classes_by_scheme = {**pool.pool_classes_by_scheme, "https": _unwarned_pool()}
+                    pool.pool_classes_by_scheme = {
+                        **pool.pool_classes_by_scheme,
+                        "https": unwarned_pool(pool.pool_classes_by_scheme["https"]),
+                    }
                 self._pools[tls, address, authorization] = pool
             return pool
 
 
-def _unwarned_pool() -> type[HTTPSConnectionPool]:
-    """Connections that were not verified as the option says, which was logged: no warning with each request."""
-    from urllib3.connection import HTTPSConnection
-    from urllib3.connectionpool import HTTPSConnectionPool
+def unwarned_pool(pool: type[HTTPConnectionPool]) -> type[HTTPConnectionPool]:
+    """A pool of https whose connections are not verified, as `verify_tls` says, which was logged: no further warnings.
 
-    class Connection(HTTPSConnection):
+    Only in what is done through it: filters of the warnings module are the whole process's.
+    """
+
+    class Connection(pool.ConnectionCls):  # type: ignore[misc,name-defined]  # a class that is not known before
         def connect(self) -> None:
             super().connect()
             self.is_verified = True  # decides about the warning, and nothing else
 
-    class Pool(HTTPSConnectionPool):
-        ConnectionCls = Connection
-
-    return Pool
+    return type("UnwarnedPool", (pool,), {"ConnectionCls": Connection})
 
 
 _WHO = (

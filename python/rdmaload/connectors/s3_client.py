@@ -24,6 +24,7 @@ from botocore.httpsession import get_cert_path
 from botocore.loaders import JSONFileLoader, Loader
 
 from rdmaload.connectors.authorities import given_authorities, system_authorities
+from rdmaload.connectors.http_client import unwarned_pool
 from rdmaload.connectors.tls import native_context
 from rdmaload.errors import AuthenticationError
 from rdmaload.options import Options
@@ -82,13 +83,16 @@ class S3Clients:
     def in_region(self, region: str) -> Any:
         """A new client (botocore has no types); the caller closes it."""
         options = self._options
-        return self._session.create_client(
+        client = self._session.create_client(
             "s3",
             region_name=region,
             endpoint_url=options.endpoint_url,
             config=self._config,
             verify=self._ca_file if options.verify_tls else False,
         )
+        if not options.verify_tls:
+            _silence_warnings(client)
+        return client
 
     def _authorities(self) -> str:
         """The file of whom small calls and weights trust.
@@ -120,6 +124,15 @@ class S3Clients:
             if not path or path != ca_file or self._options.ca_file is not None:
                 raise
             raise AuthenticationError(str(err).replace(f"ca_file={path}", f"{named}={path}"), url=self._url) from err
+
+
+def _silence_warnings(client: Any) -> None:
+    """No warning of urllib3's with each request: that nothing is verified was asked for, and logged."""
+    # botocore offers no way in. Where it has changed, the warnings are back, and nothing else is wrong.
+    http_session = getattr(getattr(client, "_endpoint", None), "http_session", None)
+    pools = getattr(http_session, "_pool_classes_by_scheme", None)
+    if isinstance(pools, dict) and "https" in pools:
+        pools["https"] = unwarned_pool(pools["https"])
 
 
 class _PlainFiles(JSONFileLoader):  # type: ignore[misc]  # botocore has no types
