@@ -91,15 +91,27 @@ def redact(text: str) -> str:
         return text
     scheme = scheme.lower()
     before, at, after = rest.rpartition("@")
-    if at and not (scheme == "file" and rest.startswith("/")):  # whose names may hold an "@"
+    if scheme == "hf":
+        head, question, query = rest.partition("?")
+        if _hf_names_user(head):
+            rest = f"{SECRET_TEXT}@{head.partition('@')[2]}{question}{query}"
+    elif at and not (scheme == "file" and rest.startswith("/")):  # whose names may hold an "@"
         user, colon, _ = before.partition(":")
-        if colon:
-            rest = f"{user}:{SECRET_TEXT}@{after}"
-        elif scheme != "hf":  # where a revision follows
-            rest = f"{SECRET_TEXT}@{after}"
+        rest = f"{user}:{SECRET_TEXT}@{after}" if colon else f"{SECRET_TEXT}@{after}"
+    if scheme != "file":  # where nothing is secret
+        rest, hash_sign, _ = rest.partition("#")
+        fragment = f"#{SECRET_TEXT}" if hash_sign else ""
+    else:
+        fragment = ""
     head, question, query = rest.partition("?")
     shown = _redact_query(query, everything=scheme in _OPTIONLESS_SCHEMES)
-    return f"{text.partition('://')[0]}://{head}{question}{shown}"
+    return f"{text.partition('://')[0]}://{head}{question}{shown}{fragment}"
+
+
+def _hf_names_user(head: str) -> bool:
+    """Whether something like a user, which may be a token, stands before a hub's organisation."""
+    before, at, after = head.partition("@")
+    return ":" in before or (bool(at) and "/" not in before and "/" in after)
 
 
 def parse_url(url: str | PathLike[str] | Url, *, require_model: bool = True) -> Url:
@@ -200,8 +212,11 @@ def _arn_url(text: str, start: str, head: str, query_text: str, query: dict[str,
 
 def _hf_url(text: str, start: str, head: str, query_text: str, query: dict[str, str]) -> Url:
     """A repository has neither host nor user: what follows "@" is a revision, slashes included."""
-    if ":" in head.partition("@")[0]:
-        _refuse(text, "names a user: write hf://ORGANISATION/MODEL, and give a token by password_env=NAME or HF_TOKEN")
+    if _hf_names_user(head):
+        _refuse(
+            text,
+            "names a user: write hf://ORGANISATION/MODEL[@REVISION], and give a token by password_env=NAME or HF_TOKEN",
+        )
     repository, at, revision = (_decode(text, part) for part in head.partition("@"))
     shown = start + head + ("?" + _redact_query(query_text, everything=False) if query_text else "")
     segments = repository.removesuffix("/").split("/")
@@ -291,7 +306,8 @@ def _redact_query(query_text: str, *, everything: bool) -> str:
     for item in query_text.split("&"):
         name, equals, value = item.partition("=")
         secret = everything or is_secret_option(unquote(name)) or holds_user(unquote(value))
-        items.append(f"{name}={SECRET_TEXT}" if equals and secret else item)
+        shown = f"{name}={SECRET_TEXT}" if equals else SECRET_TEXT if everything and item else item
+        items.append(shown if secret else item)
     return "&".join(items)
 
 

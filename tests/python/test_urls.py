@@ -106,6 +106,8 @@ def test_a_path_object_is_a_directory_whatever_its_name() -> None:
         ("redis+unix:///x.sock?model=0", "a url is redis+unix:///path/of.sock?model=NAME&db=N"),
         ("3d://x", "no valid scheme"),
         ("redis://u:pa/ss@h/m", "%2F"),
+        ("hf://token@org/model", "hf://***@org/model names a user: write hf://ORGANISATION/MODEL[@REVISION]"),
+        ("https://h/x?sig=a&b#y", "https://h/x?sig=***&***#*** holds"),
     ],
 )
 def test_what_is_refused_and_what_it_says(text: str, says: str | None) -> None:
@@ -136,6 +138,8 @@ def test_a_server_without_a_model_when_asked_for() -> None:
         ),
         ("https://u:s3cret@h/m?x=s3cret", "https://u:***@h/m?x=***"),
         ("https://u:s3cret@h/m@1/a:b@c", "https://u:***@h/m@1/a:b@c"),
+        ("https://h/m?s3cret", "https://h/m?***"),
+        ("hf://gpt2@main", "hf://gpt2@main"),
         ("hf://org/model@refs/pr/1?password=s3cret", "hf://org/model@refs/pr/1?password=***"),
         ("file:///models/a:b@c/llama@2", "file:///models/a:b@c/llama@2"),
         ("s3://bucket/llama@2?password=s3cret", "s3://bucket/llama@2?password=***"),
@@ -168,6 +172,12 @@ def test_redacted_keeps_all_but_the_secrets(text: str, shown: str) -> None:
         "https://s3cret@h:x/m",
         "s3://u:s3cret@h:x/m@1",
         "HTTPS://h:x/m?sig=s3cret",
+        "hf://s3cret@org/gated",
+        "hf://s3cret@org/gated@main",
+        "https://h/x?sig=s3cret#y",
+        "https://h/x?s3cret#s3cret",
+        "https://h/x#access_token=s3cret",
+        "s3://bucket/m#s3cret",
     ],
 )
 def test_a_refusal_shows_no_secret(text: str) -> None:
