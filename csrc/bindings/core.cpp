@@ -1,4 +1,5 @@
 // Errors and checksums for Python.
+#include "bindings/byte_view.h"
 #include "bindings/errors.h"
 #include "bindings/register.h"
 #include "core/crc.h"
@@ -9,23 +10,6 @@ namespace py = pybind11;
 
 namespace rdmaload::bindings {
 namespace {
-
-// A contiguous view of any object with the buffer protocol; holds the export while it lives.
-class ByteView {
- public:
-  explicit ByteView(const py::object& object) {
-    if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) throw py::error_already_set();
-  }
-  ~ByteView() { PyBuffer_Release(&view_); }
-  ByteView(const ByteView&) = delete;
-  ByteView& operator=(const ByteView&) = delete;
-  std::span<const std::byte> bytes() const {
-    return {static_cast<const std::byte*>(view_.buf), static_cast<size_t>(view_.len)};
-  }
-
- private:
-  Py_buffer view_{};
-};
 
 uint32_t crc32c_of(const py::object& data, uint32_t value) {
   const ByteView view(data);

@@ -6,16 +6,16 @@
 #include <cstdint>
 #include <vector>
 
+#include "bindings/byte_view.h"
 #include "core/error.h"
 
 namespace rdmaload::bindings {
 
 inline std::vector<uint32_t> crcs_from_bytes(const pybind11::buffer& buffer) {
-  const pybind11::buffer_info info = buffer.request();
-  const auto bytes = static_cast<size_t>(info.size * info.itemsize);
-  if (bytes % 4 != 0) throw Error(ErrorCode::kFormat, "checksums take four bytes each");
-  std::vector<uint32_t> crcs(bytes / 4);
-  const auto* raw = static_cast<const unsigned char*>(info.ptr);
+  const ByteView view(buffer);
+  if (view.bytes().size() % 4 != 0) throw Error(ErrorCode::kFormat, "checksums take four bytes each");
+  std::vector<uint32_t> crcs(view.bytes().size() / 4);
+  const auto* raw = reinterpret_cast<const unsigned char*>(view.bytes().data());
   for (size_t i = 0; i < crcs.size(); ++i) {
     crcs[i] = raw[4 * i] | raw[4 * i + 1] << 8 | raw[4 * i + 2] << 16 | uint32_t{raw[4 * i + 3]} << 24;
   }

@@ -32,7 +32,9 @@ constexpr std::array<ClassOfCode, 10> kClasses{{
 py::object python_error_class(ErrorCode code) {
   const auto entry = std::find_if(kClasses.begin(), kClasses.end(),
                                   [code](const ClassOfCode& one) { return one.code == code; });
-  return py::module_::import("rdmaload.errors").attr(entry->name);
+  // A code that nobody has given a class.
+  const char* const name = entry == kClasses.end() ? "RdmaloadError" : entry->name;
+  return py::module_::import("rdmaload.errors").attr(name);
 }
 
 py::object memory_error_class() { return py::module_::import("rdmaload.errors").attr("MemoryLimitError"); }

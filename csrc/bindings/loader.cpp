@@ -10,6 +10,7 @@
 #include <variant>
 #include <vector>
 
+#include "bindings/byte_view.h"
 #include "bindings/crcs.h"
 #include "bindings/device_destination.h"
 #include "bindings/dlpack.h"
@@ -26,10 +27,6 @@ namespace {
 
 using Destination = std::variant<std::shared_ptr<HostArena>, std::shared_ptr<ImportedTensor>,
                                  std::shared_ptr<DeviceDestination>>;
-
-std::string_view text_in(const py::buffer_info& buffer) {
-  return {static_cast<const char*>(buffer.ptr), static_cast<size_t>(buffer.size * buffer.itemsize)};
-}
 
 // Destroying a Load waits for its reads, and a reader written in Python needs the GIL to end.
 class LoadOperation {
@@ -171,19 +168,17 @@ void register_loader(py::module_& module) {
           "add_file",
           [](TensorIndex& self, uint32_t file, const std::string& path, uint64_t file_bytes,
              const py::buffer& header) {
-            const py::buffer_info info = header.request();
-            const std::string_view text = text_in(info);
+            const ByteView view(header);
             py::gil_scoped_release release;
-            self.add_file(file, path, file_bytes, text);
+            self.add_file(file, path, file_bytes, view.text());
           },
           py::arg("file"), py::arg("path"), py::arg("file_bytes"), py::arg("header"))
       .def(
           "add_single",
           [](TensorIndex& self, uint32_t file, const std::string& path, uint64_t file_bytes,
              const py::buffer& header, const std::string& stored_name, std::string name) {
-            const py::buffer_info info = header.request();
-            const std::string_view text = text_in(info);
-            self.add_single(file, path, file_bytes, text, stored_name, std::move(name));
+            const ByteView view(header);
+            self.add_single(file, path, file_bytes, view.text(), stored_name, std::move(name));
           },
           py::arg("file"), py::arg("path"), py::arg("file_bytes"), py::arg("header"), py::arg("stored_name"),
           py::arg("name"))
@@ -235,8 +230,8 @@ void register_loader(py::module_& module) {
   module.def(
       "files_of_weight_map",
       [](const py::buffer& text) {
-        const py::buffer_info info = text.request();
-        return files_of_weight_map(text_in(info));
+        const ByteView view(text);
+        return files_of_weight_map(view.text());
       },
       py::arg("text"));
   module.def(

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "bindings/byte_view.h"
 #include "bindings/crcs.h"
 #include "bindings/errors.h"
 #include "bindings/python_transport.h"
@@ -220,9 +221,8 @@ void register_transport(py::module_& module) {
       .def(
           "put",
           [](MemoryTransport& self, const std::string& object, const py::buffer& buffer) {
-            const py::buffer_info info = buffer.request();
-            const auto* const begin = static_cast<const std::byte*>(info.ptr);
-            std::vector<std::byte> bytes(begin, begin + info.size * info.itemsize);
+            const ByteView view(buffer);
+            std::vector<std::byte> bytes(view.bytes().begin(), view.bytes().end());
             py::gil_scoped_release release;
             self.put(object, std::move(bytes));
           },

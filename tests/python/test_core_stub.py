@@ -123,3 +123,18 @@ def test_counters_have_the_keys_that_the_stub_names() -> None:
     operation.start()
     assert operation.wait_for(10)
     assert set(operation.counters()) == written
+
+
+def test_bytes_that_do_not_lie_one_after_the_other_are_refused() -> None:
+    backwards = memoryview(b"{}" * 100)[::-1]
+    index = _core.TensorIndex()
+    for refused in (
+        lambda: index.add_file(0, "a", 1000, backwards),
+        lambda: index.add_single(0, "a", 1000, backwards, "a", "b"),
+        lambda: _core.files_of_weight_map(backwards),
+        lambda: _core.StoreLayout([], 4, True, backwards),
+        lambda: _core.MemoryTransport(threads=1).put("a", backwards),
+    ):
+        with pytest.raises(BufferError):
+            refused()
+    assert len(index) == 0
