@@ -7,7 +7,7 @@ import logging
 
 from rdmaload.connectors.connector import FileConnector
 from rdmaload.connectors.objects import ObjectConnector
-from rdmaload.errors import AuthenticationError, NotFoundError, NotSupportedError, StaleGenerationError
+from rdmaload.errors import AuthenticationError, IntegrityError, NotFoundError, NotSupportedError, StaleGenerationError
 from rdmaload.generations import check_digest
 from rdmaload.index import Index, index_of_files
 from rdmaload.manifest import Manifest
@@ -72,6 +72,14 @@ def _vouched_for(connector: FileConnector, index: Index) -> dict[str, str]:
     found = {}
     for file in index.files:
         info = now.get(file.path)
+        if file.header is not None and info is not None and info.size != file.size:
+            raise IntegrityError(
+                f"{file.path} at {connector.url} differs from its manifest: it has {info.size} bytes, was saved with "
+                f"{file.size}, and has been replaced by something else than rdmaload: save the model again (or, while "
+                "a save of it runs, open it after that)",
+                url=connector.url,
+                key=file.path,
+            )
         if file.etag and info is not None and info.etag and info.size == file.size and info.etag != file.etag:
             found[file.path] = info.etag
     if found:

@@ -9,6 +9,7 @@ import pytest
 from rdmaload._core import crc32c
 from rdmaload.connectors.connector import FileInfo
 from rdmaload.connectors.s3 import S3Connector
+from rdmaload.errors import IntegrityError
 from rdmaload.file_manifest import _vouched_for
 from rdmaload.index import Index, IndexFile
 from rdmaload.urls import parse_url
@@ -45,3 +46,14 @@ def test_a_file_with_another_tag_is_vouched_for_if_its_size_is_the_same(
     with Listed(parse_url("s3://bucket/m")) as connector:
         connector.listing = [listed]
         assert _vouched_for(connector, _INDEX) == vouched
+
+
+def test_a_weight_file_of_another_size_is_not_what_its_manifest_says() -> None:
+    index = Index((IndexFile("model.safetensors", 100, 0, None, b"{}", etag='"as-saved"'),))
+    with Listed(parse_url("s3://bucket/m")) as connector:
+        connector.listing = [FileInfo("model.safetensors", 101, '"replaced"')]
+        with pytest.raises(
+            IntegrityError, match=r"differs from its manifest: it has 101 .* save the model again"
+        ) as caught:
+            _vouched_for(connector, index)
+        assert caught.value.key == "model.safetensors"
