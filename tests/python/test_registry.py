@@ -128,3 +128,37 @@ def test_redis_is_imported_with_its_first_url() -> None:
         "assert 'redis' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+STORE_OPTIONS: dict[str, object] = {
+    "db": 1,
+    "headers": "X-Token: hush",
+    "listing": "files.txt",
+    "revision": "v1",
+    "storage_options": {"token": "hush"},
+}
+
+
+@pytest.mark.parametrize(
+    ("url", "taken"),
+    [
+        ("redis://127.0.0.1:1/m", {"db"}),
+        ("rdma://127.0.0.1:1/m", {"db"}),
+        ("memory://options/m", set()),
+        ("/nonexistent", set()),
+        ("s3://bucket/m", set()),
+        ("gs://bucket/m", {"storage_options"}),
+        ("az://bucket/m", {"storage_options"}),
+        ("fsspec+memory://models/m", {"storage_options"}),
+        ("http://127.0.0.1:1/m", {"headers", "listing"}),
+        ("hf://org/model", {"headers", "revision"}),
+    ],
+)
+def test_options_that_mean_nothing_to_a_store_are_refused_by_name(url: str, taken: set[str]) -> None:
+    for name, value in STORE_OPTIONS.items():
+        if name in taken:
+            connector_for(url, **{name: value}).close()
+            continue
+        with pytest.raises(UrlError, match=f"{name} would have no effect") as caught:
+            connector_for(url, **{name: value})
+        assert "hush" not in str(caught.value)

@@ -35,6 +35,7 @@ class GcsConnector(ObstoreConnector):
     <GcsConnector gs://bucket/llama?unsigned=true open>
     """
 
+    store_options = frozenset({"storage_options"})
     extra = "gcs"
     place_name = "bucket"
 
@@ -98,6 +99,7 @@ class AzureConnector(ObstoreConnector):
     <AzureConnector az://container/llama?username=account&unsigned=true open>
     """
 
+    store_options = frozenset({"storage_options"})
     extra = "azure"
     place_name = "container"
 

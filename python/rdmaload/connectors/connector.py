@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import urlencode
 
 from rdmaload.connectors.store_digests import FileDigest
-from rdmaload.errors import FormatError, NotFoundError, NotSupportedError, UnavailableError
+from rdmaload.errors import FormatError, NotFoundError, NotSupportedError, UnavailableError, UrlError
 from rdmaload.index import check_path
 from rdmaload.options import Options
 from rdmaload.urls import Url, is_secret_option, redact
@@ -42,6 +42,9 @@ MODELS_KEY = "rdmaload:models"
 _NEAR = (1, 2 * 2**20)
 _FAR = (4, 16 * 2**20)
 
+# Options that mean something to some kinds of store, and nothing at all to the others.
+_STORE_OPTIONS = frozenset({"db", "headers", "listing", "revision", "storage_options"})
+
 _DELETE_BATCH = 1000  # keys per call: bounds memory here and the time that a store is busy with one request
 
 
@@ -54,6 +57,9 @@ class Connector(ABC):  # noqa: B024  (its two subclasses have the abstract metho
     default_options: ClassVar[Mapping[str, object]] = MappingProxyType({})
     """Options whose default suits this kind of store better than the general one; `connector_for` applies them."""
 
+    store_options: ClassVar[frozenset[str]] = _STORE_OPTIONS
+    """Which of the options that few kinds of store know this one takes; the others are refused."""
+
     fallback_reason: str = ""
     """Why weights come by a slower way than they could; empty where they do not."""
 
@@ -65,6 +71,7 @@ class Connector(ABC):  # noqa: B024  (its two subclasses have the abstract metho
         # Again where the caller did it already: a password in the url must not be lost.
         self.options = Options.resolve(url, options, also=self.url_options)
         self.url = url.redacted
+        self._check_store_options()
         self.retries = 0
         """Requests that were sent again, where the subclass can tell; weights that are read natively count apart."""
         self._retries_lock = threading.Lock()
@@ -139,6 +146,16 @@ class Connector(ABC):  # noqa: B024  (its two subclasses have the abstract metho
 
         pulled: Path = Model(self).pull_files(target, allow_pattern=allow_pattern, ignore_pattern=ignore_pattern)
         return pulled
+
+    def _check_store_options(self) -> None:
+        unset = Options()
+        for name in sorted(_STORE_OPTIONS - self.store_options):
+            if getattr(self.options, name) != getattr(unset, name):
+                raise UrlError(
+                    f"{self.url}: {name} would have no effect on {self.location.scheme}://; drop it, or correct the "
+                    "url",
+                    url=self.url,
+                )
 
     def _count_retries(self, count: int = 1) -> None:
         with self._retries_lock:

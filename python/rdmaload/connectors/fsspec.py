@@ -51,6 +51,7 @@ class FsspecConnector(FileConnector):
     [('config.json', 2)]
     """
 
+    store_options = frozenset({"storage_options"})
     default_options: ClassVar[Mapping[str, object]] = {"threads": 4}
 
     def __init__(self, url: Url, options: Options | None = None) -> None:

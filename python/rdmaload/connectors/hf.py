@@ -47,6 +47,7 @@ class HfConnector(HttpFiles):
     <HfConnector hf://org/model@main open>
     """
 
+    store_options = frozenset({"headers", "revision"})
     read_only: ClassVar[str] = "models on a hub can be read, not saved; upload a directory by `hf upload`"
 
     def __init__(self, url: Url, options: Options | None = None) -> None:

@@ -57,6 +57,7 @@ class HttpConnector(HttpFiles):
     <HttpConnector https://models.example/llama?sig=*** open>
     """
 
+    store_options = frozenset({"headers", "listing"})
     read_only: ClassVar[str] = "models on an http server can be read, not saved; save to what it serves"
 
     def __init__(self, url: Url, options: Options | None = None) -> None:

@@ -47,6 +47,8 @@ class LocalConnector(FileConnector):
     [('config.json', 2)]
     """
 
+    store_options = frozenset()
+
     def __init__(self, url: Url, options: Options | None = None) -> None:
         super().__init__(url, options)
         if url.user or url.password or url.host:

@@ -47,6 +47,8 @@ class MemoryConnector(KeyValueConnector):
     b'...'
     """
 
+    store_options = frozenset()
+
     def __init__(self, url: Url, options: Options | None = None) -> None:
         super().__init__(url, options)
         with _stores_lock:

@@ -193,6 +193,8 @@ class RedisConnector(KeyValueConnector):
     <RedisConnector redis://127.0.0.1:6379/llama open>
     """
 
+    store_options = frozenset({"db"})
+
     def __init__(self, url: Url, options: Options | None = None) -> None:
         super().__init__(url, options)
         missing = _MISSING_TRANSPORTS.get(url.scheme)

@@ -62,6 +62,7 @@ class S3Connector(ObjectConnector):
     <S3Connector s3://bucket/llama?endpoint_url=http://127.0.0.1:9000 open>
     """
 
+    store_options = frozenset()
     default_options: ClassVar[Mapping[str, object]] = {"connections": 16, "threads": 4}
 
     def __init__(self, url: Url, options: Options | None = None) -> None:
