@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from rdmaload import sglang_layout
 from rdmaload.connectors import KeyValueConnector, connector_for
-from rdmaload.connectors.connector import MODELS_KEY
+from rdmaload.connectors.connector import MODELS_KEY, Connector, FileConnector
 from rdmaload.connectors.objects import ObjectConnector
 from rdmaload.connectors.registry import connector_class
 from rdmaload.errors import FormatError, IntegrityError, NotFoundError, NotSupportedError, UrlError
@@ -202,10 +202,16 @@ def _opened(
     if isinstance(connector, (KeyValueConnector, ObjectConnector)):
         return connector
     connector.close()
-    raise NotSupportedError(
-        f"{connector.url} keeps plain files: there is nothing to prune, and to remove the model remove its directory.",
-        url=connector.url,
-    )
+    raise nothing_to_remove(connector)
+
+
+def nothing_to_remove(connector: Connector) -> NotSupportedError:
+    """Why neither `prune` nor `remove` does anything to such a store."""
+    if isinstance(connector, FileConnector) and connector.read_only:
+        why = "is read only: remove the model where it is kept"
+    else:
+        why = "keeps plain files: there is nothing to prune, and to remove the model remove its directory"
+    return NotSupportedError(f"{connector.url} {why}", url=connector.url)
 
 
 def _keys(connector: KeyValueConnector, name: str, pattern: re.Pattern[str]) -> Iterator[tuple[str, re.Match[str]]]:

@@ -183,7 +183,7 @@ def test_the_environment_names_the_hub(hub: Hub, tiny_checkpoint: Checkpoint, tm
         text=True,
         timeout=120,
     )
-    assert "HF_HUB_OFFLINE forbids" in offline.stderr
+    assert "HF_HUB_OFFLINE forbids to ask the hub: unset it, or load a directory" in offline.stderr
 
 
 def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import rdmaload
+from rdmaload.cli import main
 from rdmaload.connectors import FileConnector, connector_for, http, http_client, http_files
 from rdmaload.connectors.http_listing import listed_directory, listed_files, weight_index_files
 from rdmaload.errors import (
@@ -442,6 +443,15 @@ def test_nothing_is_saved(served: HttpObjects, tiny_checkpoint: Checkpoint) -> N
             connector.write("a", 0, [])
         with pytest.raises(NotSupportedError):
             connector.delete("a")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/m", "hf://org/model"])
+def test_what_is_read_only_has_nothing_to_remove(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for remove in (rdmaload.remove, rdmaload.prune):
+        with pytest.raises(NotSupportedError, match="is read only: remove the model where it is kept"):
+            remove(url)
+    assert main(["rm", "--yes", url]) != 0
+    assert "is read only" in capsys.readouterr().err
 
 
 def test_a_model_is_copied_into_another_store(served: HttpObjects, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -255,6 +255,7 @@ def test_a_bit_that_always_flips_names_the_chunk(stored: Stored, loading: Loadin
         stats = LoadStats()
         error = failure_of(lambda: loading(opened, stats), IntegrityError)
         assert re.search(rf"chunk 2 \('{CHUNK_OF}'\) has CRC32C 0x[0-9a-f]{{8}}, the index says 0x", str(error))
+        assert "save the model again" in str(error)
         assert "attempt 3" in str(error)
         assert re.fullmatch(CHUNK_OF, error.key or "")
         assert error.key.endswith("/2")

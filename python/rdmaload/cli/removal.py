@@ -79,9 +79,10 @@ def _rm(args: argparse.Namespace) -> int:
 
 
 def _what_is_there(url: str, opts: dict[str, object]) -> str:
+    from rdmaload._prune import nothing_to_remove
     from rdmaload.connectors import KeyValueConnector, connector_for
     from rdmaload.connectors.objects import ObjectConnector
-    from rdmaload.errors import FormatError, IntegrityError, NotSupportedError
+    from rdmaload.errors import FormatError, IntegrityError
     from rdmaload.sglang_layout import layout_keys
     from rdmaload.sources import read_manifest
 
@@ -89,7 +90,7 @@ def _what_is_there(url: str, opts: dict[str, object]) -> str:
         if isinstance(connector, ObjectConnector):
             return _what_objects(connector)
         if not isinstance(connector, KeyValueConnector):
-            raise NotSupportedError(f"{connector.url} keeps plain files: remove its directory", url=connector.url)
+            raise nothing_to_remove(connector)
         try:
             manifest = read_manifest(connector)
         except (FormatError, IntegrityError):

@@ -85,7 +85,11 @@ class HfConnector(HttpFiles):
                     f"{self.url} needs huggingface_hub: pip install 'rdmaload[hf]'", url=self.url
                 ) from err
             if constants.HF_HUB_OFFLINE:
-                raise UnavailableError(f"{self.url}: HF_HUB_OFFLINE forbids to ask the hub", url=self.url)
+                raise UnavailableError(
+                    f"{self.url}: HF_HUB_OFFLINE forbids to ask the hub: unset it, or load a directory that the "
+                    "model was downloaded to",
+                    url=self.url,
+                )
             self._endpoint = (self.options.endpoint_url or constants.ENDPOINT).rstrip("/")
             token: str | bool | None = self.options.read_password(url=self.url) or huggingface_hub.get_token()
             made = build_hf_headers(token=False if self.options.unsigned or not token else token)
