@@ -217,10 +217,10 @@ Status OpenFile::grown(uint64_t expected) const {
 }
 
 Status OpenFile::truncated(uint64_t end, uint64_t expected) const {
-  return Status(ErrorCode::kIntegrity, "file '" + path_ + "' has " + std::to_string(bytes()) +
-                                           " bytes and none from byte " + std::to_string(end) + " on, expected " +
-                                           std::to_string(expected) +
-                                           ": it was truncated after its header was read, or replaced by a shorter one");
+  return Status(ErrorCode::kIntegrity,
+                "file '" + path_ + "' has " + std::to_string(bytes()) + " bytes and none from byte " +
+                    std::to_string(end) + " on, expected " + std::to_string(expected) +
+                    ": it was truncated after its header was read, or replaced by a shorter one");
 }
 
 std::string OpenFile::direct_refusal() const {

@@ -56,8 +56,8 @@ struct FileOptions {
   FileCalls calls = FileCalls::of_the_system();
 };
 
-// Whether the file is on a disk of this machine. Elsewhere the page cache or server is somebody else's, or the
-// data are in memory, and plain calls are best.
+// Whether the file is on a disk of this machine. Elsewhere the page cache or server is somebody else's, or
+// the data are in memory, and plain calls are best.
 bool is_local_disk(int fd);
 
 // The error of a system call on a file.
