@@ -54,12 +54,12 @@ def draw(timeline: Timeline, path: Path) -> None:
         rows.broken_barh(failed, (row - _LANE / 2, _LANE), facecolors=_BAD)
     for row, name in enumerate(below, start=len(lanes)):
         if name == "checksums":
-            _lane(rows, row, seconds, [(_CHECK, shares(map(_checksum, timeline.events)) / len(lanes))])
+            _lane(rows, row, seconds, [(_CHECK, shares(map(_checksum, timeline.events)) / max(1, len(lanes)))])
         else:
             _lane(rows, row, seconds, [(_COPY, shares(copies))])
 
     rows.set_yticks(range(len(names)), names)
-    rows.set_ylim(len(names) - 0.5, -0.5)
+    rows.set_ylim(max(1, len(names)) - 0.5, -0.5)
     rows.set_xlim(0, seconds)
     rows.set_xlabel("seconds; where a pixel holds several things, heights are shares of its time")
     legend = {words.receiving: _RECEIVE, "checksum": _CHECK * checked, words.waiting: _WAIT * bool(words.waiting)}

@@ -111,7 +111,8 @@ def redact(text: str) -> str:
 def _hf_names_user(head: str) -> bool:
     """Whether something like a user, which may be a token, stands before a hub's organisation."""
     before, at, after = head.partition("@")
-    return ":" in before or (bool(at) and "/" not in before and "/" in after)
+    is_revision = "/" not in after or after.startswith("refs/")
+    return ":" in before or (bool(at) and "/" not in before and not is_revision)
 
 
 def parse_url(url: str | PathLike[str] | Url, *, require_model: bool = True) -> Url:
@@ -215,7 +216,8 @@ def _hf_url(text: str, start: str, head: str, query_text: str, query: dict[str, 
     if _hf_names_user(head):
         _refuse(
             text,
-            "names a user: write hf://ORGANISATION/MODEL[@REVISION], and give a token by password_env=NAME or HF_TOKEN",
+            "names a user: write hf://ORGANISATION/MODEL[@REVISION], a revision with a slash by ?revision=, and give a "
+            "token by password_env=NAME or HF_TOKEN",
         )
     repository, at, revision = (_decode(text, part) for part in head.partition("@"))
     shown = start + head + ("?" + _redact_query(query_text, everything=False) if query_text else "")

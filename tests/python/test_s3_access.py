@@ -94,6 +94,8 @@ def test_a_region_that_is_given_and_not_the_buckets_is_refused_with_the_right_on
         ):
             rdmaload.load(f"{url}&region=us-east-1")
         assert len(server.requests) == 1
+        with pytest.raises(UrlError, match="give region=eu-west-3"):  # a save lists first
+            rdmaload.save(tiny_checkpoint.directory, f"{url}&region=us-east-1")
         assert compare(rdmaload.load(f"{url}&region=eu-west-3"), tiny_checkpoint.directory) == tiny_checkpoint.bytes
 
 

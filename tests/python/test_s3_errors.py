@@ -90,6 +90,24 @@ def test_what_an_exception_means(err: Exception, error: type[RdmaloadError]) -> 
     assert ".." not in str(found)
 
 
+@pytest.mark.parametrize(
+    ("code", "status", "error"),
+    [
+        ("RequestTimeout", 400, UnavailableError),
+        ("IncompleteBody", 400, UnavailableError),
+        ("RequestThrottledException", 400, UnavailableError),
+        ("SlowDown", 503, UnavailableError),
+        ("BadDigest", 400, IntegrityError),
+        ("400", 400, UrlError),
+        ("InvalidArgument", 400, UrlError),
+    ],
+)
+def test_what_a_code_means(code: str, status: int, error: type[RdmaloadError]) -> None:
+    answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    found = meaning_of(theirs.ClientError(answer, "PutObject"), "write", "f", "s3://b/m")  # type: ignore[arg-type]
+    assert type(found) is error
+
+
 def test_a_port_is_not_taken_for_a_password() -> None:
     err = theirs.EndpointConnectionError(endpoint_url="http://127.0.0.1:9/bucket/a@b/c")
     assert "http://127.0.0.1:9/bucket/a@b/c" in str(meaning_of(err, "read", None, "s3://b/m"))

@@ -140,6 +140,7 @@ def test_a_server_without_a_model_when_asked_for() -> None:
         ("https://u:s3cret@h/m@1/a:b@c", "https://u:***@h/m@1/a:b@c"),
         ("https://h/m?s3cret", "https://h/m?***"),
         ("hf://gpt2@main", "hf://gpt2@main"),
+        ("hf://gpt2@refs/pr/1", "hf://gpt2@refs/pr/1"),
         ("hf://org/model@refs/pr/1?password=s3cret", "hf://org/model@refs/pr/1?password=***"),
         ("file:///models/a:b@c/llama@2", "file:///models/a:b@c/llama@2"),
         ("s3://bucket/llama@2?password=s3cret", "s3://bucket/llama@2?password=***"),

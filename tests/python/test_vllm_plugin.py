@@ -403,6 +403,19 @@ def test_a_draft_model_reads_for_itself(vllm: FakeVllm, url: str, monkeypatch: p
     assert torch.equal(_loaded(vllm, config).proj.weight, rdmaload.load(url)["proj.weight"])
 
 
+def test_a_draft_model_takes_those_of_its_targets_options_that_its_store_knows(
+    vllm: FakeVllm, checkpoint: Path
+) -> None:
+    register()
+    draft = vllm.arg_utils.ModelConfig(str(checkpoint), runner_type="draft")
+    with vllm.loader(url="redis://127.0.0.1:1/m", db=3, threads=3)._open(draft) as model:
+        assert "proj.weight" in model.tensors
+        assert model._connector.options.threads == 3
+    target = vllm.arg_utils.ModelConfig(str(checkpoint), runner_type="generate")
+    with pytest.raises(UrlError, match="db would have no effect on file"):
+        vllm.loader(db=3)._open(target)
+
+
 @pytest.mark.parametrize(
     ("read_once", "expected"), [("auto", [True, False]), ("on", [True, True]), ("off", [False] * 2)]
 )

@@ -12,7 +12,7 @@ the lines for people to stdout; a failure writes no file. Exit codes:
          gone (open the new one)
     4    data mismatch: a checksum, a format, or tensors that differ from the files (`--against`)
     5    authentication: wrong or missing credentials, or no permission
-    6    unreachable, full (memory, disk), or timed out
+    6    unreachable, full (the store's memory or disk), or timed out
     7    layout or identity: saved for other ranks, or for another engine
     8    unsupported: by this release, this installation or this store
     130  interrupted

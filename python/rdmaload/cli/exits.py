@@ -35,7 +35,7 @@ MEANINGS = {
     3: "not found: no such model, file, key or generation",
     4: "data mismatch: a checksum, a format, or tensors that differ",
     5: "authentication: wrong or missing credentials, or no permission",
-    6: "unreachable, full (memory, disk), or timed out",
+    6: "unreachable, full (the store's memory or disk), or timed out",
     7: "layout or identity: saved for other ranks, or for another engine",
     8: "unsupported: by this release, this installation or this store",
     INTERRUPTED: "interrupted",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Buffer, Self
 
-__all__ = ["MODELS_KEY", "Connector", "FileConnector", "FileInfo", "KeyValueConnector", "is_hidden"]
+__all__ = ["MODELS_KEY", "STORE_OPTIONS", "Connector", "FileConnector", "FileInfo", "KeyValueConnector", "is_hidden"]
 
 MODELS_KEY = "rdmaload:models"
 """Names of models in a store: a hint for listing, never relied on."""
@@ -43,7 +43,7 @@ _NEAR = (1, 2 * 2**20)
 _FAR = (4, 16 * 2**20)
 
 # Options that mean something to some kinds of store, and nothing at all to the others.
-_STORE_OPTIONS = frozenset({"db", "headers", "listing", "revision", "storage_options"})
+STORE_OPTIONS = frozenset({"db", "headers", "listing", "revision", "storage_options"})
 
 _DELETE_BATCH = 1000  # keys per call: bounds memory here and the time that a store is busy with one request
 
@@ -57,7 +57,7 @@ class Connector(ABC):  # noqa: B024  (its two subclasses have the abstract metho
     default_options: ClassVar[Mapping[str, object]] = MappingProxyType({})
     """Options whose default suits this kind of store better than the general one; `connector_for` applies them."""
 
-    store_options: ClassVar[frozenset[str]] = _STORE_OPTIONS
+    store_options: ClassVar[frozenset[str]] = STORE_OPTIONS
     """Which of the options that few kinds of store know this one takes; the others are refused."""
 
     fallback_reason: str = ""
@@ -149,7 +149,7 @@ class Connector(ABC):  # noqa: B024  (its two subclasses have the abstract metho
 
     def _check_store_options(self) -> None:
         unset = Options()
-        for name in sorted(_STORE_OPTIONS - self.store_options):
+        for name in sorted(STORE_OPTIONS - self.store_options):
             if getattr(self.options, name) != getattr(unset, name):
                 raise UrlError(
                     f"{self.url}: {name} would have no effect on {self.location.scheme}://; drop it, or correct the "

@@ -99,14 +99,19 @@ class ObstoreConnector(ObjectConnector):
                     made = self._new_store(
                         dict(self._config), client_options=self._client_options(), retry_config=self._retries()
                     )
-                self._proxies.of(self._endpoint(made.config))  # before obstore uses what we refuse
+                if (endpoint := self._endpoint(made.config)) is not None:
+                    self._proxies.of(endpoint)  # before obstore uses what we refuse
                 self._made = made
             return self._made
 
-    def _endpoint(self, config: Mapping[str, Any]) -> str:
-        """Where the store is, as `config` says with what the environment does."""
+    def _endpoint(self, config: Mapping[str, Any]) -> str | None:
+        """Where the store is, as `config` says with what the environment does; None where it does not say."""
+        if "use_emulator" in config or "use_fabric_endpoint" in config:
+            return None
         given = self.options.endpoint_url or config.get("base_url") or config.get("endpoint")
         account = config.get("account_name")
+        if "container_name" in config and not account:
+            return None
         host = f"{account}.blob.core.windows.net" if account else "storage.googleapis.com"
         return str(given or f"https://{host}")
 

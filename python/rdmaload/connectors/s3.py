@@ -356,7 +356,7 @@ class S3Connector(ObjectConnector):
             try:
                 page: Mapping[str, Any] = call(**asked)
             except ValueError as err:
-                if isinstance(err, BotoCoreError):
+                if isinstance(err, (BotoCoreError, RdmaloadError)):
                     raise
                 raise FormatError(
                     f"{self.url}: the store lists what is no number or date: {err}", url=self.url

@@ -101,6 +101,7 @@ class S3Access:
                 assert self._clients is not None
                 self._left.append(self._client)
                 self._client = self._in_region(self._clients, str(self._told_region))
+                self._proxies = self._proxies_for(self._client)
             return self._client
 
     def signed_url(self, key: str) -> SignedUrl:
@@ -114,8 +115,6 @@ class S3Access:
         return SignedUrl(url, proxy, authorization, None if self._options.unsigned else float(seconds))
 
     def _new_client(self) -> Any:
-        from botocore.utils import get_environ_proxies
-
         options = self._options
         clients = self._clients = S3Clients(
             options, self._password, url=self._url, connections=self._connections, sessions=self._is_directory
@@ -126,9 +125,7 @@ class S3Access:
             if not (options.endpoint_url or "").startswith("http://"):
                 tls = pool.submit(clients.native_tls)
             client = self._in_region(clients, self._arn_region or clients.region or "us-east-1")
-            endpoint = client.meta.endpoint_url
-            self._proxies = get_environ_proxies(endpoint) or {}
-            split_proxy(self._proxies.get(urlsplit(endpoint).scheme, ""))  # before botocore uses what we refuse
+            self._proxies = self._proxies_for(client)
             self.tls = clients.native_tls
             with contextlib.suppress(NotSupportedError):  # without OpenSSL, http:// works all the same
                 self.tls = clients.native_tls if tls is None else tls.result()  # first: what is wrong says more
@@ -136,7 +133,17 @@ class S3Access:
                 self._check_zone_has_region(clients)
             elif options.region is None and options.endpoint_url is None and self._arn_region is None:
                 client = self._in_region_of_bucket(client, clients)
+                self._proxies = self._proxies_for(client)  # NO_PROXY may name one region's hosts
         return client
+
+    def _proxies_for(self, client: Any) -> dict[str, str]:
+        """The environment's for where the client goes, refused here before botocore uses what we cannot."""
+        from botocore.utils import get_environ_proxies
+
+        endpoint = client.meta.endpoint_url
+        proxies: dict[str, str] = get_environ_proxies(endpoint) or {}
+        split_proxy(proxies.get(urlsplit(endpoint).scheme, ""))
+        return proxies
 
     def _in_region(self, clients: S3Clients, region: str) -> Any:
         client = clients.in_region(region)

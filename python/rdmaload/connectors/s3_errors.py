@@ -48,12 +48,17 @@ _BUSY = frozenset(
         "408",
         "429",
         "BandwidthLimitExceeded",
+        "IncompleteBody",
         "InternalError",
+        "PriorRequestNotComplete",
         "RequestLimitExceeded",
         "RequestThrottled",
+        "RequestThrottledException",
         "RequestTimeout",
+        "RequestTimeoutException",
         "ServiceUnavailable",
         "SlowDown",
+        "ThrottledException",
         "Throttling",
         "ThrottlingException",
         "TooManyRequests",
@@ -137,6 +142,10 @@ def _meaning_of_code(code: str, status: int) -> tuple[type[RdmaloadError], str]:
         return NotFoundError, "check bucket and prefix" if code == "NoSuchBucket" else ""
     if code in _REFUSED:
         return AuthenticationError, _CHECK
+    if code in ("BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch"):
+        return IntegrityError, "the bytes that arrived there are not those that were sent: try again"
+    if code == "400":  # without a word, as HEAD answers what is wrong with credentials
+        return UrlError, "check the credentials, the url and the options"
     if code == "PreconditionFailed":
         return meaning_of_status(412)
     if code in ("PermanentRedirect", "301", "IllegalLocationConstraintException"):

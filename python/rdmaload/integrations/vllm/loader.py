@@ -21,6 +21,8 @@ import torch
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from rdmaload import _save, loading
+from rdmaload.connectors.connector import STORE_OPTIONS
+from rdmaload.connectors.registry import connector_class
 from rdmaload.errors import LayoutMismatchError, NotSupportedError, RdmaloadError
 from rdmaload.integrations import metadata, names
 from rdmaload.integrations.kept_files import collect_files
@@ -114,7 +116,11 @@ class RdmaloadModelLoader(DefaultModelLoader):  # type: ignore[misc]  # no types
             if url not in self._pinned_urls:
                 self._pinned_urls[url] = self._pinned(url)
             url = self._pinned_urls[url]
-        return loading.open(url, **self.rdmaload_options.store)  # type: ignore[arg-type]  # names of Options
+        store = self.rdmaload_options.store
+        if _is_draft(model_config):  # which inherits its target's options, and may lie in another kind of store
+            foreign = STORE_OPTIONS - connector_class(parse_url(url).scheme).store_options
+            store = {name: value for name, value in store.items() if name not in foreign}
+        return loading.open(url, **store)  # type: ignore[arg-type]  # names of Options
 
     def _url(self, model_config: Any) -> str:
         """The model's url or directory. A reload puts its own into `model` and empties `model_weights`."""
