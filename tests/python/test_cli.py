@@ -467,7 +467,7 @@ def test_a_bug_is_one_line_and_a_traceback_only_with_debug(
     [
         ("hf://org/model@rev/1", "hf://org/model@rev/1"),
         ("hf://org/model@", "hf://org/model@"),
-        ("hf://me:s3cret@org/model", "hf://me:***@org/model"),
+        ("hf://me:s3cret@org/model", "hf://***@org/model"),
         ("https://h/m@1/a b@c", "https://h/m@1/a b@c"),
         ("https://me:s3cret@h/m@1?sig=s3cret", "https://me:***@h/m@1?sig=***"),
         ("s3://bucket/m@1", "s3://bucket/m@1"),
