@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import random
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -317,3 +318,28 @@ def test_odd_blocks_end_direct_writes_with_a_reason(tmp_path: Path, caplog: pyte
         assert connector.write_path == "file-buffered+file-direct"
     assert (tmp_path / "f").read_bytes() == content
     assert "no multiples of 4096" in caplog.text
+
+
+@pytest.mark.parametrize("size", [100, 5 * MIB])
+def test_a_file_is_on_the_disk_before_its_name_and_the_name_before_the_write_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    steps: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            steps.append("sync directory")
+        else:
+            steps.append(f"sync {os.fstat(descriptor).st_size} bytes")
+        fsync(descriptor)
+
+    def note_replace(source: Path, target: Path) -> None:
+        steps.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    with LocalConnector(parse_url(tmp_path)) as connector:
+        connector.write("f", size, blocks_of(bytes(size), MIB, shift=0))
+    assert steps == [f"sync {size} bytes", "rename", "sync directory"]
