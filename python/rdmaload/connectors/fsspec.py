@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from rdmaload.connectors.connector import FileConnector, FileInfo
+from rdmaload.connectors.library_errors import TranslatesErrors
 from rdmaload.connectors.retries import Retries
 from rdmaload.errors import (
     AuthenticationError,
@@ -41,7 +42,7 @@ _TAGS = ("ETag", "etag", "e_tag", "md5Hash", "md5", "checksum", "mtime", "LastMo
 _DATES = ("created", "modificationTime")
 
 
-class FsspecConnector(FileConnector):
+class FsspecConnector(TranslatesErrors, FileConnector):
     """A model in a directory of any file system of fsspec: `sftp://user@host/models/llama`.
 
     >>> from rdmaload.urls import parse_url
@@ -216,15 +217,6 @@ class FsspecConnector(FileConnector):
                 return work()
 
         return self._retries.tried(translated)
-
-    @contextlib.contextmanager
-    def _translated(self, verb: str, path: str | None) -> Iterator[None]:
-        try:
-            yield
-        except (RdmaloadError, AssertionError):
-            raise
-        except Exception as err:
-            raise self._meaning(err, verb, path) from err
 
     def _meaning(self, err: Exception, verb: str, path: str | None) -> RdmaloadError:
         kind: type[RdmaloadError] = RdmaloadError

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Protocol
 
 from rdmaload.connectors.connector import FileConnector
-from rdmaload.errors import RdmaloadError, UrlError
+from rdmaload.connectors.library_errors import TranslatesErrors
+from rdmaload.errors import UrlError
 from rdmaload.options import Options
 from rdmaload.urls import Url
 
@@ -42,7 +42,7 @@ class Upload(Protocol):
         """Drop what was sent. Never raises."""
 
 
-class ObjectConnector(FileConnector):
+class ObjectConnector(TranslatesErrors, FileConnector):
     """A store of objects; a manifest lies beside the files of a model that we saved."""
 
     keeps_manifest = True
@@ -132,17 +132,3 @@ class ObjectConnector(FileConnector):
         """What the store calls a file."""
         self._check(path)
         return self._prefix + path
-
-    @contextlib.contextmanager
-    def _translated(self, verb: str, path: str | None = None) -> Iterator[None]:
-        """What the store's library raises becomes an error of ours: "cannot {verb} {path} in {url}: ..."."""
-        try:
-            yield
-        except (RdmaloadError, AssertionError):
-            raise
-        except Exception as err:
-            raise self._meaning(err, verb, path) from err
-
-    @abstractmethod
-    def _meaning(self, err: Exception, verb: str, path: str | None) -> RdmaloadError:
-        """What an exception of the store's library is to the caller, without secrets."""
